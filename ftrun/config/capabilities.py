@@ -1,0 +1,41 @@
+"""Which components cannot work together, found before any weight is loaded.
+
+A component says in its own file what it needs and what it takes away, in words that complete a sentence:
+
+    class Lisa(Adapter):
+        needs = {"trainable_base": "trains layers of the base weights"}
+    class Nf4(Quant):
+        lacks = {"trainable_base": "freezes them in 4 bits"}
+
+gives "adapter=lisa trains layers of the base weights; quant=nf4 freezes them in 4 bits. Use quant=none, or adapter=lora."
+"""
+
+from __future__ import annotations
+
+from ftrun import registry
+from ftrun.errors import ConfigError
+from ftrun.registry import Spec
+
+
+def check_mix(chosen: list[Spec]) -> None:
+    """Refuse a mix in which one component needs what another takes away."""
+    for needy in chosen:
+        for capability, reason in needy.needs.items():
+            for taker in chosen:
+                if capability in taker.lacks:
+                    raise ConfigError(
+                        f"{needy.slot}={needy.name} {reason}; {taker.slot}={taker.name} {taker.lacks[capability]}",
+                        f"{needy.slot}={needy.name} {taker.slot}={taker.name}",
+                        _way_out(needy, taker, capability),
+                    )
+
+
+def _way_out(needy: Spec, taker: Spec, capability: str) -> str:
+    ways = []
+    for culprit, blocked in ((taker, lambda spec: capability in spec.lacks), (needy, lambda spec: capability in spec.needs)):
+        others = [spec.name for spec in registry.specs(culprit.slot).values() if not blocked(spec)]
+        if others:
+            # the plainest choice is the best advice: none, then the slot's best-known component
+            best = next((name for name in ("none", "lora", "sft", "adamw") if name in others), others[0])
+            ways.append(f"{culprit.slot}={best}")
+    return "Use " + ", or ".join(ways) + "." if ways else ""

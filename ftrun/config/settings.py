@@ -1,0 +1,138 @@
+"""The sections of a config that are not components, and the resolved whole.
+
+Field comments are the help that ``ftrun show`` prints. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ftrun import registry
+
+
+@dataclass
+class ModelConfig:
+    path: str = "builtin:smollm2_135m"  # folder, hub id, .gguf file, or builtin:NAME
+    revision: str | None = None  # branch, tag or commit on the hub
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU that has it
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # attention implementation
+    template: str | None = None  # chat template: a jinja file, or the name of a built-in one (chatml, alpaca, plain)
+    trust_remote_code: bool = False  # run code that a hub repository carries; never on by itself
+
+
+@dataclass
+class DataConfig:
+    path: str | list[str] = "builtin:gsm_symbolic:1000"  # file, glob, folder, hub id, builtin:NAME:ROWS, or a list of these (a mixture)
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "preference", "binary", "prompts", "classification"] = "auto"  # layout of the rows
+    columns: dict[str, str] = field(default_factory=dict)  # rename columns: {instruction: question, output: answer}
+    weights: list[float] | None = None  # mixture weights, one a source; rows of a source are repeated or left out to meet them
+    split: str = "train"  # split of a hub data set
+    heldout: float = 0.05  # share of rows kept for evaluation, chosen by content hash; 0 keeps none
+    heldout_path: str | None = None  # evaluate on these rows instead of a held-out share
+    heldout_limit: int = 200  # at most this many held-out rows are evaluated
+    limit: int | None = None  # use only the first rows of the source
+    max_length: int = 2048  # tokens of a row, prompt and response together
+    overlong: Literal["auto", "error", "drop", "truncate"] = "auto"  # rows over max_length; auto: error above 1% of the rows, else drop
+    train_on: Literal["responses", "last_response", "all"] = "responses"  # which tokens carry loss in a conversation
+    system: str | None = None  # system prompt for rows that have none
+
+
+@dataclass
+class TrainConfig:
+    max_steps: int | None = None  # optimiser steps; null: epochs decide
+    epochs: float = 1.0  # passes over the training rows
+    batch_size: int = 8  # rows per optimiser step, over all processes
+    batch_tokens: int = 4096  # upper bound of the tokens in one micro-batch, padding included
+    packing: bool = False  # join rows into full sequences, each attending only to itself
+    max_grad_norm: float | None = 1.0  # clip the gradient norm; null: no clipping
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    log_steps: int = 1  # steps between two lines of metrics.jsonl
+    save_steps: int | None = None  # steps between two checkpoints; null: only at the end and when stopped
+    keep_checkpoints: int = 2  # whole checkpoints to keep
+    eval_steps: int | None = None  # steps between two held-out losses; null: only before and after
+    eval_before: bool = True  # run the evaluators on the untrained model too
+    load_best: bool = False  # end with the checkpoint of the lowest held-out loss (needs save_steps and eval_steps)
+    merge: bool = False  # write a merged model/ beside adapter/
+    trackers: list[str] = field(default_factory=list)  # tensorboard, wandb, mlflow ... by name, through Accelerate
+
+
+@dataclass
+class LaunchConfig:
+    processes: int = 1  # processes on this machine (one a GPU, or a share of the cores)
+    nodes: int = 1  # machines
+    node_rank: int = 0  # this machine's number
+    address: str = "127.0.0.1"  # address of machine 0
+    port: int = 0  # port on machine 0; 0: any free one (one machine only)
+    threads: int | None = None  # CPU threads of each process; null: the cores it may use, shared fairly
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
+
+
+@dataclass
+class SelectConfig:
+    """The part of the select section that every scorer shares."""
+
+    model_path: str | None = None  # score with this model instead of the run's own
+    batch_tokens: int = 4096  # upper bound of the tokens in one scoring batch
+    unscored: Literal["drop", "keep"] = "drop"  # rows that a scorer cannot score: never picked, or picked last
+
+
+@dataclass
+class RootConfig:
+    """Keys at the top level of the config."""
+
+    recipe: str | None = None  # recipe to run: a name from `ftrun recipes`, or a file
+    paper: dict[str, Any] = field(default_factory=dict)  # where the method comes from
+    fidelity: str = ""  # reference-checked, from-paper or reconstruction
+    differences: list[str] = field(default_factory=list)  # known departures from the paper or its code
+    task: Literal["causal", "classify"] = "causal"  # causal language model, or sequence classification
+    budget: int | float | str | None = None  # rows to select: a share (0.05), a count (500), or tokens (1M_tokens)
+    seed: int = 0  # seed of everything random
+    out: str | None = None  # run folder; null: runs/<recipe>/<time>-<hash>
+    resume: str | None = None  # run folder to continue
+    stages: list[Literal["select", "train", "eval"]] = field(default_factory=lambda: ["select", "train", "eval"])  # stages to run
+    run: str | None = None  # run folder to evaluate, merge or try
+    prompt: str | None = None  # text for `ftrun generate`
+
+
+@dataclass
+class Settings(RootConfig):
+    """A whole resolved config. ``slots`` maps a slot to its choice and knobs; ``eval`` holds the evaluators in order."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    slots: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    eval: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def choice(self, slot: str) -> str:
+        return self.slots[slot][0]
+
+    def component(self, slot: str) -> Any:
+        """Import and create the chosen component of a slot."""
+        name, knobs = self.slots[slot]
+        return registry.build(slot, name, knobs)
+
+    def evaluators(self) -> list[Any]:
+        return [registry.build("eval", name, knobs) for name, knobs in self.eval]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The config as nested plain values, laid out as the command line spells its keys."""
+        plain = asdict(self)
+        slots, evaluators, shared = plain.pop("slots"), plain.pop("eval"), plain.pop("select")
+        for slot, (name, knobs) in slots.items():
+            if slot == "picker":
+                continue
+            plain[slot] = {"name": name, **knobs}
+        plain["select"] |= {"model": {"path": shared.pop("model_path")}, **shared}
+        picker, knobs = slots["picker"]
+        plain["select"]["picker"] = {"name": picker, **knobs}
+        plain["eval"] = {name: knobs for name, knobs in evaluators}
+        return plain
+
+
+SETTINGS_FILE = Path(__file__)
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "launch": LaunchConfig}

@@ -1,0 +1,190 @@
+"""Batches: which rows an optimiser step trains, and how they are cut into micro-batches.
+
+Rows of one step are sorted by length and cut where a micro-batch would pass ``batch_tokens``, so that little padding is
+computed; since the loss is normalised over the whole step, the cut changes nothing but the speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ftrun.data.tokens import TokenTable
+
+
+@dataclass
+class Batch:
+    """One micro-batch, padded to the right or packed.
+
+    input_ids, loss_weight: (rows, time). sequence: (rows, time) number of the sequence that a token belongs to within
+    this batch, -1 for padding. position_ids: (rows, time), restarting with every sequence. With right padding and a
+    causal mask no attention mask is needed: ``packed`` tells whether several sequences share a row.
+    """
+
+    input_ids: Tensor
+    loss_weight: Tensor
+    sequence: Tensor
+    position_ids: Tensor
+    sequences: int  # how many sequences there are
+    packed: bool
+    table_index: Tensor  # (sequences,) index of each sequence in the TokenTable
+    label: Tensor  # (sequences,) class, -1 where there is none
+    rows: int = 0  # rows of the data set in this batch (pairs: half of the sequences)
+
+    @cached_property
+    def _target(self) -> Tensor:
+        """Mask over positions 1..time-1: tokens that are trained."""
+        same = self.sequence[:, 1:] == self.sequence[:, :-1]
+        return (self.loss_weight[:, 1:] > 0) & same & (self.sequence[:, 1:] >= 0)
+
+    @cached_property
+    def predicting(self) -> tuple[Tensor, Tensor]:
+        """Index (rows, positions) of the states that predict a trained token."""
+        row, position = self._target.nonzero(as_tuple=True)
+        return row, position
+
+    @cached_property
+    def target_ids(self) -> Tensor:
+        return self.input_ids[:, 1:][self._target]
+
+    @cached_property
+    def target_weights(self) -> Tensor:
+        return self.loss_weight[:, 1:][self._target]
+
+    @cached_property
+    def target_sequence(self) -> Tensor:
+        """Sequence number of every trained token, (tokens,)."""
+        return self.sequence[:, 1:][self._target]
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.target_ids.numel())
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return int((self.sequence >= 0).sum())
+
+    @cached_property
+    def attention_mask(self) -> Tensor:
+        """(rows, time), 1 for real tokens; for models that are not causal."""
+        return (self.sequence >= 0).long()
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        tensors = ("input_ids", "loss_weight", "sequence", "position_ids", "table_index", "label")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}
+        return Batch(**moved, sequences=self.sequences, packed=self.packed, rows=self.rows)
+
+
+def collate(table: TokenTable, rows: list[list[int]], pad_id: int) -> Batch:
+    """A batch from groups of sequence indices: one group a row of the batch, several in a group are packed."""
+    parts = [[table.sequence(index) for index in group] for group in rows]
+    time = max(sum(len(s.input_ids) for s in group) for group in parts)
+    shape = (len(rows), time)
+    ids, weight = np.full(shape, pad_id, np.int64), np.zeros(shape, np.float32)
+    sequence, position = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+    number = 0
+    for row, group in enumerate(parts):
+        at = 0
+        for item in group:
+            end = at + len(item.input_ids)
+            ids[row, at:end], weight[row, at:end] = item.input_ids, item.loss_weight
+            sequence[row, at:end], position[row, at:end] = number, np.arange(end - at)
+            number, at = number + 1, end
+        position[row, at:] = np.arange(at, time) if len(group) == 1 else np.arange(time - at)
+    flat = [index for group in rows for index in group]
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(weight),
+        torch.from_numpy(sequence),
+        torch.from_numpy(position),
+        sequences=number,
+        packed=any(len(group) > 1 for group in rows),
+        table_index=torch.tensor(flat),
+        label=torch.from_numpy(np.asarray(table.label)[flat].astype(np.int64)),
+        rows=number // table.sequences_per_row,
+    )
+
+
+def length_sorted(lengths: np.ndarray, batch_tokens: int, group: int = 1) -> list[list[int]]:
+    """Positions cut into micro-batches of at most ``batch_tokens`` padded tokens, longest first.
+
+    ``group`` neighbouring positions (a pair) stay together. A single row longer than the bound is a batch of its own.
+    """
+    units = np.asarray(lengths).reshape(-1, group).max(axis=1)
+    order = np.argsort(-units, kind="stable")
+    batches: list[list[int]] = []
+    for unit in order:
+        members = [int(unit) * group + i for i in range(group)]
+        if batches and (len(batches[-1]) + group) * int(np.max(np.asarray(lengths)[batches[-1]])) <= batch_tokens:
+            batches[-1] += members
+        else:
+            batches.append(members)
+    return batches
+
+
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Positions packed into bins of at most ``capacity`` tokens: the longest first, each into the fullest bin it fits."""
+    import bisect
+
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for index in np.argsort(-np.asarray(lengths), kind="stable"):
+        need = int(lengths[index])
+        at = bisect.bisect_left(room, (need, -1))
+        if at < len(room):
+            free, number = room.pop(at)
+            bins[number].append(int(index))
+        else:
+            free, number = capacity, len(bins)
+            bins.append([int(index)])
+        if free - need > 0:
+            bisect.insort(room, (free - need, number))
+    return bins
+
+
+@dataclass
+class Plan:
+    """Which rows every optimiser step trains: a pure function of seed, sizes and step, so resuming needs only the step."""
+
+    rows: int  # rows of the table
+    batch_size: int  # rows per optimiser step, over all processes
+    steps: int  # optimiser steps of the whole run
+    seed: int
+
+    @classmethod
+    def of(cls, rows: int, batch_size: int, epochs: float, max_steps: int | None, seed: int) -> Plan:
+        steps = max_steps or max(1, round(rows * epochs / batch_size + 0.499999))
+        return cls(rows, batch_size, steps, seed)
+
+    def step(self, number: int) -> np.ndarray:
+        """Row positions of optimiser step ``number``; epochs follow each other without a seam, each in its own order."""
+        first = number * self.batch_size
+        wanted = np.arange(first, first + self.batch_size)
+        epochs, places = wanted // self.rows, wanted % self.rows
+        return np.concatenate([self._order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if getattr(self, "_cached", (None, None))[0] != epoch:
+            self._cached = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows))
+        return self._cached[1]
+
+
+def micro_batches(table: TokenTable, rows: np.ndarray, batch_tokens: int, packing: bool, pad_id: int) -> Iterator[Batch]:
+    """The micro-batches of one optimiser step, the largest first: what does not fit fails at once, not after an hour."""
+    per = table.sequences_per_row
+    sequences = (np.asarray(rows)[:, None] * per + np.arange(per)).reshape(-1)
+    lengths = np.asarray(table.lengths)[sequences]
+    if packing:
+        for group in best_fit_decreasing(lengths, max(batch_tokens, int(lengths.max()))):
+            yield collate(table, [[int(sequences[i]) for i in group]], pad_id)
+        return
+    for group in length_sorted(lengths, batch_tokens, per):
+        yield collate(table, [[int(sequences[i])] for i in group], pad_id)

@@ -1,0 +1,106 @@
+"""Token sequences of a data set, flat and memory-mapped, with the one column that says what is trained."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass
+class Sequence:
+    """One token sequence; ``loss_weight[t]`` is the weight of predicting token t (0: not trained)."""
+
+    input_ids: np.ndarray  # (time,) int32
+    loss_weight: np.ndarray  # (time,) float32
+    record: int  # id of the row that it comes from
+    label: int = -1  # class, for kind "labels"
+
+    @property
+    def trained(self) -> int:
+        return int((self.loss_weight[1:] > 0).sum())
+
+
+@dataclass
+class TokenTable:
+    """All sequences one after the other. A pair is two neighbouring sequences, chosen first.
+
+    input_ids: (tokens,) int32; loss_weight: (tokens,) float32; offsets: (sequences + 1,) int64;
+    record, label: (sequences,) int64.
+    """
+
+    input_ids: np.ndarray
+    loss_weight: np.ndarray
+    offsets: np.ndarray
+    record: np.ndarray
+    label: np.ndarray
+    sequences_per_row: int = 1  # 2 for pairs
+
+    def __len__(self) -> int:
+        """Rows, not sequences."""
+        return len(self.record) // self.sequences_per_row
+
+    def sequence(self, index: int) -> Sequence:
+        start, end = self.offsets[index], self.offsets[index + 1]
+        return Sequence(self.input_ids[start:end], self.loss_weight[start:end], int(self.record[index]), int(self.label[index]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every sequence, (sequences,)."""
+        return np.diff(self.offsets)
+
+    def trained_counts(self) -> np.ndarray:
+        """Trained tokens of every sequence, (sequences,); the first token of a sequence can never be a target."""
+        trained = np.asarray(self.loss_weight) > 0
+        if len(trained):
+            trained = trained.copy()
+            trained[np.minimum(self.offsets[:-1], len(trained) - 1)[self.lengths > 0]] = False
+        sums = np.concatenate([[0], np.cumsum(trained)])
+        return sums[self.offsets[1:]] - sums[self.offsets[:-1]]
+
+    def fingerprint(self) -> str:
+        """Hash of all ids and weights: what the loss can depend on."""
+        digest = hashlib.sha256()
+        for array in (self.input_ids, self.loss_weight, self.offsets, self.label):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+    def with_weights(self, loss_weight: np.ndarray) -> TokenTable:
+        return TokenTable(self.input_ids, loss_weight.astype(np.float32), self.offsets, self.record, self.label, self.sequences_per_row)
+
+    def rows(self, ids: np.ndarray) -> TokenTable:
+        """A table of these rows (positions in this table), in this order."""
+        per = self.sequences_per_row
+        wanted = (np.asarray(ids, dtype=np.int64)[:, None] * per + np.arange(per)).reshape(-1)
+        lengths = self.lengths[wanted]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        take = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in wanted]) if len(wanted) else np.zeros(0, np.int64)
+        return TokenTable(self.input_ids[take], self.loss_weight[take], offsets, self.record[wanted], self.label[wanted], per)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("input_ids", "loss_weight", "offsets", "record", "label"):
+            np.save(folder / f"{name}.npy", np.asarray(getattr(self, name)))
+        (folder / "sequences_per_row").write_text(str(self.sequences_per_row))
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenTable:
+        """Memory-map what ``save`` wrote."""
+        names = ("input_ids", "loss_weight", "offsets", "record", "label")
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+        return cls(**arrays, sequences_per_row=int((folder / "sequences_per_row").read_text()))
+
+    @classmethod
+    def from_sequences(cls, sequences: list[Sequence], sequences_per_row: int = 1) -> TokenTable:
+        ids = [s.input_ids for s in sequences]
+        offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
+        return cls(
+            np.concatenate(ids).astype(np.int32) if ids else np.zeros(0, np.int32),
+            np.concatenate([s.loss_weight for s in sequences]).astype(np.float32) if ids else np.zeros(0, np.float32),
+            offsets,
+            np.array([s.record for s in sequences], np.int64),
+            np.array([s.label for s in sequences], np.int64),
+            sequences_per_row,
+        )

@@ -1,0 +1,74 @@
+"""Every error that a user can meet: what happened, where, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FtrunError(Exception):
+    """Base of all errors that end a command with one clear message instead of a traceback.
+
+    ``what`` is one line; ``where`` names the file, key or row; ``todo`` says the way out.
+    ``exit_code`` is part of the command line's contract.
+    """
+
+    exit_code = 5
+
+    def __init__(self, what: str, where: str = "", todo: str = ""):
+        super().__init__(what)
+        self.what, self.where, self.todo = what, where, todo
+
+    def __str__(self) -> str:
+        return "\n  ".join(part for part in (self.what, self.where, self.todo) if part)
+
+
+class ConfigError(FtrunError):
+    """A wrong command line, key, value or recipe, or a mix of components that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(FtrunError):
+    """Rows that cannot be read, or that would train on nothing or on the wrong thing."""
+
+    exit_code = 3
+
+
+class ResourceError(FtrunError):
+    """Not enough memory or disk."""
+
+    exit_code = 4
+
+
+class ComponentError(FtrunError):
+    """A component of the chain failed while it ran."""
+
+    exit_code = 5
+
+
+class CheckpointError(ComponentError):
+    """A checkpoint that is damaged, or belongs to another run."""
+
+    exit_code = 2
+
+
+class Interrupted(FtrunError):
+    """Stopped from the keyboard."""
+
+    exit_code = 130
+
+
+class Preempted(FtrunError):
+    """Asked to stop by SIGTERM or SIGUSR1; the state was saved first."""
+
+    exit_code = 143
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint such as ``Did you mean "lora"?`` or the list of what exists."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f'Did you mean "{close[0]}"?'
+    return "Known: " + ", ".join(known) + "." if known else ""

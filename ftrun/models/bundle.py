@@ -1,0 +1,24 @@
+"""A loaded model with everything that belongs to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ftrun.models.architecture import Architecture
+
+
+@dataclass
+class Bundle:
+    model: nn.Module  # a transformers model, or the peft model around it
+    tokenizer: Any
+    architecture: Architecture  # where the layers, linears, norms, embeddings and head of the base model are
+    device: torch.device
+    dtype: torch.dtype
+    path: str  # as the user named it
+    fingerprint: str  # hash of the base weights and the tokenizer
+    context_length: int  # tokens that the model can attend to

@@ -1,0 +1,41 @@
+"""What an objective is: the kind of rows it eats and the loss of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ftrun.data.batches import Batch
+    from ftrun.training.view import StepView
+
+Kind = Literal["sft", "text", "pairs", "prompts", "labels"]
+
+
+@dataclass
+class Loss:
+    """``value`` is a sum, not a mean: the loop divides it by the global ``count`` of the whole optimiser step.
+
+    ``parts`` are sums too, divided by the same count, and end in metrics.jsonl.
+    """
+
+    value: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Objective:
+    needs: ClassVar[dict[str, str]] = {}
+    lacks: ClassVar[dict[str, str]] = {}
+    kind: ClassVar[Kind] = "sft"  # what rows are turned into
+    uses_reference: ClassVar[bool] = False  # needs the untrained model's token losses
+
+    def count(self, batch: Batch) -> float:
+        """What the summed loss of this batch is divided by: known before the forward pass, added up over all ranks."""
+        raise NotImplementedError
+
+    def loss(self, view: StepView) -> Loss:
+        """The summed loss of one micro-batch."""
+        raise NotImplementedError

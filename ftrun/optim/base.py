@@ -1,0 +1,34 @@
+"""What an optimiser component is: knobs, and how it is built from named parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+@dataclass
+class OptimizerConfig:
+    needs: ClassVar[dict[str, str]] = {}
+    lacks: ClassVar[dict[str, str]] = {}
+
+    learning_rate: float = 2e-4  # peak learning rate
+    weight_decay: float = 0.0  # decoupled weight decay; not applied to norms and biases
+
+    def build(self, named_parameters: list[tuple[str, nn.Parameter]]) -> Optimizer:
+        """The optimiser over these trainable parameters, each group with its peak `lr`."""
+        raise NotImplementedError
+
+    def groups(self, named_parameters: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+        """Two parameter groups: matrices with weight decay, vectors (norms, biases, IA3 scales) without."""
+        matrices = [p for _, p in named_parameters if p.ndim >= 2]
+        vectors = [p for _, p in named_parameters if p.ndim < 2]
+        both = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return [group | {"lr": self.learning_rate} for group in both if group["params"]]
+
+    def state_bytes(self) -> float:
+        """Bytes of optimiser state for one trainable parameter, for `ftrun plan`."""
+        return 8.0

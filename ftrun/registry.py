@@ -1,0 +1,246 @@
+"""Components: found on disk, described without importing them, imported when they are used.
+
+A component is one dataclass under ``@register(slot, name)``. Its fields are its knobs. Help, listings and the
+checking of a config read those fields from the source text, so that no command has to import torch to say that a key
+is misspelt.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.metadata
+import io
+import tokenize
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ftrun.errors import ConfigError, nearest
+
+PACKAGE = Path(__file__).parent
+
+# slot -> folder below ftrun/ where its components lie, one file a method
+SLOTS = {
+    "select": "select/scorers",
+    "picker": "select/pickers",
+    "tokens": "tokens",
+    "adapter": "adapters",
+    "quant": "quant",
+    "objective": "objectives",
+    "optim": "optim",
+    "schedule": "schedules",
+    "eval": "evaluation",
+}
+
+Component = TypeVar("Component", bound=type)
+_classes: dict[tuple[str, str], type] = {}
+
+
+def register(slot: str, name: str) -> Callable[[Component], Component]:
+    """Make a dataclass the component ``name`` of ``slot``."""
+    if slot not in SLOTS:
+        raise ConfigError(f'there is no slot "{slot}"', f"while registering {name}", nearest(slot, SLOTS))
+
+    def mark(cls: Component) -> Component:
+        cls.slot, cls.name = slot, name  # type: ignore[attr-defined]
+        _classes[slot, name] = cls
+        return cls
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One field of a config dataclass, as its source states it."""
+
+    name: str
+    type: Any  # a typing object: int, str | None, Literal["a", "b"], list[str] ...
+    default: Any
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a component without importing it.
+
+    ``needs`` and ``lacks`` map a capability to the words that an error uses for it (see config/capabilities.py).
+    """
+
+    slot: str
+    name: str
+    module: str
+    cls: str
+    doc: str
+    knobs: dict[str, Knob]
+    needs: dict[str, str] = field(default_factory=dict)
+    lacks: dict[str, str] = field(default_factory=dict)
+    source: Path | None = None
+
+
+def build(slot: str, name: str, knobs: dict[str, Any] | None = None) -> Any:
+    """Import the component and create it with these knobs."""
+    spec = find(slot, name)
+    if (slot, name) not in _classes:
+        importlib.import_module(spec.module)
+    return _classes[slot, name](**(knobs or {}))
+
+
+def find(slot: str, name: str) -> Spec:
+    """The spec of one component; an unknown name is a ConfigError that offers the nearest."""
+    known = specs(slot)
+    if name not in known:
+        raise ConfigError(f'{slot} has no choice "{name}"', f"{slot}={name}", nearest(name, known))
+    return known[name]
+
+
+@functools.cache
+def specs(slot: str) -> dict[str, Spec]:
+    """All components of a slot by name: ours from disk, then those that installed packages bring."""
+    found: dict[str, Spec] = {}
+    for path in sorted((PACKAGE / SLOTS[slot]).rglob("*.py")):
+        for spec in _specs_in(path):
+            if spec.slot == slot:
+                found[spec.name] = spec
+    for entry in importlib.metadata.entry_points(group="ftrun.components"):
+        entry.load()
+    for (its_slot, name), cls in _classes.items():
+        if its_slot == slot and name not in found:
+            path = Path(importlib.import_module(cls.__module__).__file__ or "")
+            found |= {spec.name: spec for spec in _specs_in(path) if spec.slot == slot}
+    return dict(sorted(found.items()))
+
+
+def _specs_in(path: Path) -> list[Spec]:
+    source = path.read_text()
+    if "@register(" not in source:
+        return []
+    result = []
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for decorator in node.decorator_list:
+            if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "register":
+                slot, name = (ast.literal_eval(argument) for argument in decorator.args)
+                constants = _class_constants(path, node.name)
+                result.append(
+                    Spec(
+                        slot=slot,
+                        name=name,
+                        module=_module_name(path),
+                        cls=node.name,
+                        doc=ast.get_docstring(node) or "",
+                        knobs=read_dataclass(path, node.name),
+                        needs=constants.get("needs", {}),
+                        lacks=constants.get("lacks", {}),
+                        source=path,
+                    )
+                )
+    return result
+
+
+def _module_name(path: Path) -> str:
+    if path.is_relative_to(PACKAGE):
+        return ".".join(["ftrun", *path.relative_to(PACKAGE).with_suffix("").parts])
+    for (_, _), cls in _classes.items():
+        if Path(importlib.import_module(cls.__module__).__file__ or "") == path:
+            return cls.__module__
+    raise ConfigError(f"{path} is not part of an importable package")
+
+
+# ---- reading a dataclass from its source ----
+
+_TYPE_NAMES = {"Any": Any, "Literal": Literal, "None": None, "int": int, "float": float, "str": str, "bool": bool}
+_TYPE_NAMES |= {"list": list, "dict": dict, "tuple": tuple, "Optional": typing.Optional, "Union": typing.Union}
+
+
+@functools.cache
+def _parsed(path: Path) -> tuple[ast.Module, dict[int, str]]:
+    """The syntax tree and the comment at the end of each line."""
+    source = path.read_text()
+    comments = {
+        token.start[0]: token.string.lstrip("# ").strip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    return ast.parse(source), comments
+
+
+def read_dataclass(path: Path, name: str) -> dict[str, Knob]:
+    """Knobs of the dataclass ``name`` in ``path``, those of its bases first; the comment on its line is a knob's help."""
+    knobs: dict[str, Knob] = {}
+    for owner, node in reversed(_lineage(path, name)):
+        comments = _parsed(owner)[1]
+        for item in node.body:
+            if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
+                continue
+            annotation = ast.unparse(item.annotation)
+            if annotation.startswith(("ClassVar", "typing.ClassVar")):
+                continue
+            if item.value is None:
+                raise ConfigError(f"{name}.{item.target.id} in {owner} has no default; every knob needs one")
+            kind = eval(annotation, {"__builtins__": {}}, _TYPE_NAMES)  # noqa: S307 - our own source, names fixed above
+            help_text = comments.get(item.end_lineno or 0, "")
+            knobs[item.target.id] = Knob(item.target.id, kind, _default(item.value), help_text)
+    return knobs
+
+
+def _class_constants(path: Path, name: str) -> dict[str, Any]:
+    """Literal class attributes such as ``needs: ClassVar[...] = {...}``, nearest class last."""
+    values: dict[str, Any] = {}
+    for _, node in reversed(_lineage(path, name)):
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None:
+                if item.target.id in ("needs", "lacks"):
+                    values[item.target.id] = ast.literal_eval(item.value)
+    return values
+
+
+def _lineage(path: Path, name: str) -> list[tuple[Path, ast.ClassDef]]:
+    """The class and its bases as far as their source is ours, nearest first."""
+    tree, _ = _parsed(path)
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            line = [(path, node)]
+            for base in node.bases:
+                if isinstance(base, ast.Name):
+                    line += _lineage(_defining_file(tree, path, base.id), base.id)
+            return line
+    return []
+
+
+def _defining_file(tree: ast.Module, path: Path, name: str) -> Path:
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ftrun"):
+            if any((alias.asname or alias.name) == name for alias in node.names):
+                parts = (node.module or "").split(".")[1:]
+                return PACKAGE.joinpath(*parts).with_suffix(".py")
+    return path
+
+
+def _default(node: ast.expr) -> Any:
+    """The value of a default: a literal, or ``field(default_factory=list | dict | lambda: literal)``."""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "field":
+        for keyword in node.keywords:
+            if keyword.arg == "default":
+                return ast.literal_eval(keyword.value)
+            if keyword.arg == "default_factory":
+                if isinstance(keyword.value, ast.Lambda):
+                    return ast.literal_eval(keyword.value.body)
+                return {"list": [], "dict": {}}[ast.unparse(keyword.value)]
+    return ast.literal_eval(node)
+
+
+def type_name(kind: Any) -> str:
+    """A type as a user reads it: ``int``, ``text or null``, ``a | b``."""
+    if typing.get_origin(kind) is Literal:
+        return " | ".join(str(choice) for choice in typing.get_args(kind))
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return " | ".join(type_name(option) for option in typing.get_args(kind))
+    if kind is type(None):
+        return "null"
+    return str(kind) if typing.get_origin(kind) else getattr(kind, "__name__", str(kind))

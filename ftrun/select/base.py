@@ -1,0 +1,73 @@
+"""What selection is made of: a scorer gives every row numbers, a picker turns numbers and a budget into rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ftrun.context import Context
+    from ftrun.data.pool import Pool
+
+
+@dataclass
+class Table:
+    """Scores of a pool. ``columns`` map a name to (rows,) float64; NaN = cannot be scored."""
+
+    columns: dict[str, np.ndarray]
+    lengths: np.ndarray  # (rows,) tokens of each row, prompt and response
+    embeddings: np.ndarray | None = None  # (rows, width), unit length, when a scorer or picker made them
+    reasons: dict[int, str] = field(default_factory=dict)  # row -> why it has no score
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass
+class Budget:
+    """How much to pick; exactly one of the two is set."""
+
+    rows: int | None = None
+    tokens: int | None = None
+
+    def take(self, ranked: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The longest prefix of ``ranked`` row ids within the budget."""
+        if self.rows is not None:
+            return ranked[: self.rows]
+        spent = np.cumsum(lengths[ranked])
+        return ranked[: int(np.searchsorted(spent, self.tokens, side="right"))]
+
+
+@dataclass
+class Scorer:
+    """Base of scorers."""
+
+    needs: ClassVar[dict[str, str]] = {}
+    lacks: ClassVar[dict[str, str]] = {}
+    column: ClassVar[str] = "score"  # the column that pickers rank by, higher first
+    own_picker: ClassVar[str] = "top_k"  # the picker of the paper
+
+    def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
+        """Columns of (rows,) floats; NaN marks a row that cannot be scored."""
+        raise NotImplementedError
+
+    def keep(self, table: Table) -> np.ndarray:
+        """Rows that the method admits at all, (rows,) bool; the paper's filter."""
+        return ~np.isnan(table.columns[self.column])
+
+
+@dataclass
+class Picker:
+    """Base of pickers."""
+
+    needs: ClassVar[dict[str, str]] = {}
+    lacks: ClassVar[dict[str, str]] = {}
+
+    def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
+        """Ids of the picked rows, best first, out of ``candidates`` (ids). ``column`` is ranked higher first.
+
+        Ties break by the lower id.
+        """
+        raise NotImplementedError

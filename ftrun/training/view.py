@@ -1,0 +1,69 @@
+"""What a step knows of a micro-batch, computed when first asked for and only once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ftrun.data.batches import Batch
+from ftrun.models.architecture import Architecture
+from ftrun.models.head import token_nll
+
+
+@dataclass
+class StepView:
+    """Lazy results of one forward pass over ``batch``.
+
+    Per-token tensors are flat, one entry a trained token, in the order of ``batch.targets()``.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    batch: Batch
+    reference: Callable[[], AbstractContextManager[nn.Module]] | None = None  # yields the model before training
+    step_statistics: Tensor | None = None  # what TokenPolicy.statistic gave for the whole optimiser step
+    factors: Tensor | None = None  # what the token policy weighed, (tokens,); None: all ones
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """Final hidden states at the positions that predict a trained token, (tokens, width)."""
+        return self.architecture.hidden_states(self.model, self.batch)[self.batch.predicting]
+
+    @cached_property
+    def token_nll(self) -> Tensor:
+        """Negative log-likelihood of every trained token, (tokens,), with gradient."""
+        return token_nll(self.hidden, self.architecture.head(self.model), self.batch.target_ids)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Logits at the predicting positions, (tokens, vocabulary). Large: only for methods that cannot do without."""
+        return self.architecture.head(self.model).logits(self.hidden)
+
+    @cached_property
+    def reference_nll(self) -> Tensor:
+        """``token_nll`` under the model before training, without gradient, (tokens,)."""
+        assert self.reference is not None, "the objective did not declare uses_reference"
+        with torch.no_grad(), self.reference() as model:
+            hidden = self.architecture.hidden_states(model, self.batch)[self.batch.predicting]
+            return token_nll(hidden, self.architecture.head(model), self.batch.target_ids)
+
+    @property
+    def weights(self) -> Tensor:
+        """Loss weight of every trained token, the token policy's factor included, (tokens,)."""
+        static = self.batch.target_weights
+        return static if self.factors is None else static * self.factors
+
+    def per_sequence_sum(self, values: Tensor) -> Tensor:
+        """Sums of per-token values over each sequence, (sequences,)."""
+        totals = torch.zeros(self.batch.sequences, dtype=values.dtype, device=values.device)
+        return totals.index_add(0, self.batch.target_sequence, values)
+
+    def per_sequence_mean(self, values: Tensor) -> Tensor:
+        """Means of per-token values over each sequence that has a trained token, (sequences with tokens,)."""
+        counts = self.per_sequence_sum(torch.ones_like(values))
+        return (self.per_sequence_sum(values) / counts)[counts > 0]
