@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ftrun.config.settings import Settings
+    from ftrun.data.batches import Batch
     from ftrun.data.pool import Pool
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
+    from ftrun.select.scoring import Scoring
     from ftrun.training.distributed import Team
     from ftrun.training.progress import Reporter
 
@@ -26,7 +28,37 @@ class Context:
     heldout: Pool | None = None  # rows kept for evaluation
     heldout_tokens: TokenTable | None = None
     train_pool: Pool | None = None
+    train_tokens: TokenTable | None = None
+    scoring: Scoring | None = None  # scores texts with the selection's model; set by the select stage
     facts: dict[str, Any] = field(default_factory=dict)  # what ends in lock.json and the report
+
+    def calibration(self, batches: int) -> list[Batch]:
+        """The first micro-batches of training, for methods that look at data before they start.
+
+        Raises ComponentError outside a training run.
+        """
+        from ftrun.data.batches import Plan, micro_batches
+        from ftrun.errors import ComponentError
+
+        if self.train_tokens is None or self.bundle is None:
+            raise ComponentError("this method looks at training rows before it starts, and there are none here")
+        train = self.settings.train
+        plan = Plan.of(len(self.train_tokens), train.batch_size, train.epochs, train.max_steps, self.seed)
+        found: list[Batch] = []
+        step = 0
+        while len(found) < batches and step < plan.steps:
+            found += micro_batches(self.train_tokens, plan.step(step), train.batch_tokens, False, self.bundle.pad_id)
+            step += 1
+        return [batch.to(self.bundle.device) for batch in found[:batches]]
+
+    @property
+    def scorer(self) -> Scoring:
+        """The engine that scores texts. Raises ComponentError outside a selection."""
+        from ftrun.errors import ComponentError
+
+        if self.scoring is None:
+            raise ComponentError("this method scores texts with a model, and no selection is running")
+        return self.scoring
 
     @property
     def seed(self) -> int:

@@ -11,8 +11,6 @@ import ast
 import functools
 import importlib
 import importlib.metadata
-import io
-import tokenize
 import types
 import typing
 from collections.abc import Callable
@@ -116,11 +114,10 @@ def specs(slot: str) -> dict[str, Spec]:
 
 
 def _specs_in(path: Path) -> list[Spec]:
-    source = path.read_text()
-    if "@register(" not in source:
+    if "@register(" not in path.read_text():
         return []
     result = []
-    for node in ast.parse(source).body:
+    for node in _parsed(path)[0].body:
         if not isinstance(node, ast.ClassDef):
             continue
         for decorator in node.decorator_list:
@@ -159,22 +156,17 @@ _TYPE_NAMES |= {"list": list, "dict": dict, "tuple": tuple, "Optional": typing.O
 
 
 @functools.cache
-def _parsed(path: Path) -> tuple[ast.Module, dict[int, str]]:
-    """The syntax tree and the comment at the end of each line."""
-    source = path.read_text()
-    comments = {
-        token.start[0]: token.string.lstrip("# ").strip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    return ast.parse(source), comments
+def _parsed(path: Path) -> tuple[ast.Module, list[bytes]]:
+    """The syntax tree and the lines."""
+    source = path.read_bytes()
+    return ast.parse(source), source.splitlines()
 
 
 def read_dataclass(path: Path, name: str) -> dict[str, Knob]:
     """Knobs of the dataclass ``name`` in ``path``, those of its bases first; the comment on its line is a knob's help."""
     knobs: dict[str, Knob] = {}
     for owner, node in reversed(_lineage(path, name)):
-        comments = _parsed(owner)[1]
+        lines = _parsed(owner)[1]
         for item in node.body:
             if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
                 continue
@@ -184,7 +176,8 @@ def read_dataclass(path: Path, name: str) -> dict[str, Knob]:
             if item.value is None:
                 raise ConfigError(f"{name}.{item.target.id} in {owner} has no default; every knob needs one")
             kind = eval(annotation, {"__builtins__": {}}, _TYPE_NAMES)  # noqa: S307 - our own source, names fixed above
-            help_text = comments.get(item.end_lineno or 0, "")
+            after = lines[(item.end_lineno or 1) - 1][item.end_col_offset :]
+            help_text = after.decode().strip().lstrip("# ")
             knobs[item.target.id] = Knob(item.target.id, kind, _default(item.value), help_text)
     return knobs
 
@@ -215,7 +208,7 @@ def _lineage(path: Path, name: str) -> list[tuple[Path, ast.ClassDef]]:
 
 def _defining_file(tree: ast.Module, path: Path, name: str) -> Path:
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ftrun"):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ftrun":
             if any((alias.asname or alias.name) == name for alias in node.names):
                 parts = (node.module or "").split(".")[1:]
                 return PACKAGE.joinpath(*parts).with_suffix(".py")
@@ -237,10 +230,17 @@ def _default(node: ast.expr) -> Any:
 
 def type_name(kind: Any) -> str:
     """A type as a user reads it: ``int``, ``text or null``, ``a | b``."""
-    if typing.get_origin(kind) is Literal:
-        return " | ".join(str(choice) for choice in typing.get_args(kind))
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return " | ".join(type_name(option) for option in typing.get_args(kind))
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (list, dict) and arguments:
+        return f"{origin.__name__} of {' to '.join(type_name(argument) for argument in arguments)}"
+    if kind is str:
+        return "text"
+    if kind is Any:
+        return "any"
+    if origin is Literal:
+        return " | ".join(str(choice) for choice in arguments)
+    if isinstance(kind, types.UnionType) or origin is typing.Union:
+        return " | ".join(type_name(option) for option in arguments)
     if kind is type(None):
         return "null"
-    return str(kind) if typing.get_origin(kind) else getattr(kind, "__name__", str(kind))
+    return getattr(kind, "__name__", str(kind))

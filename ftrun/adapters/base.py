@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from ftrun.config.settings import Settings
     from ftrun.context import Context
 
 
@@ -23,6 +24,10 @@ class Adapter:
 
     needs: ClassVar[dict[str, str]] = {}
     lacks: ClassVar[dict[str, str]] = {}
+    changes_trainable: ClassVar[bool] = False  # freezes and unfreezes between steps: DDP must expect unused parameters
+
+    def check(self, settings: Settings) -> None:
+        """Refuse knobs that cannot work with the rest of the config. Called before torch is imported: keep it light."""
 
     def attach(self, model: nn.Module, ctx: Context) -> nn.Module:
         """Make the right parameters trainable, add modules where the method has some, and return the model to train."""
@@ -46,7 +51,7 @@ class Adapter:
         raise NotImplementedError
 
     def load(self, model: nn.Module, folder: Path) -> nn.Module:
-        """The trained model from a freshly loaded base ``model`` and what ``save`` wrote."""
+        """The trained model from a freshly loaded base ``model`` and what ``save`` wrote below the same ``folder``."""
         raise NotImplementedError
 
     def merge(self, model: nn.Module) -> nn.Module:

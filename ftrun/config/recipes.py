@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ftrun import registry
 from ftrun.errors import ConfigError, nearest
@@ -30,6 +31,7 @@ DEFAULT_CHOICES: dict[str, Any] = {
     "model": "smollm2_135m",
     "data": "gsm_symbolic",
 }
+FIDELITIES = ("reference-checked", "from-paper", "reconstruction")
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,32 @@ class Recipe:
     def choice(self, slot: str) -> Any:
         return self.choices.get(slot, DEFAULT_CHOICES[slot])
 
+    def sets(self, key: str) -> bool:
+        """Whether this file gives ``key``, spelt as on the command line, a value."""
+        node: Any = self.values | self.blocks | {"paper": self.paper, "fidelity": self.fidelity}
+        if key.startswith("select.picker"):
+            node, key = {"picker": self.blocks.get("picker", {})}, key.removeprefix("select.")
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                return False
+            node = node[part]
+        return True
+
 
 def folders() -> list[Path]:
     """Where recipes lie: the shipped ones, those of installed packages, and folders given with --recipes."""
-    checkout = registry.PACKAGE.parent / "recipes"
-    found = [checkout if checkout.is_dir() else registry.PACKAGE / "recipes"]
-    for entry in importlib.metadata.entry_points(group="ftrun.recipes"):
-        found.append(Path(entry.load()))
-    found += [Path(folder) for folder in os.environ.get("FTRUN_RECIPES", "").split(os.pathsep) if folder]
-    return found
+    return [_shipped(), *_installed(), *map(Path, filter(None, os.environ.get("FTRUN_RECIPES", "").split(os.pathsep)))]
+
+
+def _shipped() -> Path:
+    """Inside the package when it was installed from a wheel, beside it in a checkout."""
+    inside = registry.PACKAGE / "recipes"
+    return inside if inside.is_dir() else registry.PACKAGE.parent / "recipes"
+
+
+@functools.cache
+def _installed() -> list[Path]:
+    return [Path(entry.load()) for entry in importlib.metadata.entry_points(group="ftrun.recipes")]
 
 
 def find(name: str) -> Recipe:
@@ -66,72 +85,82 @@ def find(name: str) -> Recipe:
     if name.endswith((".yaml", ".yml")):
         file = Path(name)
         if not file.is_file():
-            raise ConfigError(f"there is no recipe file {name}", todo="Check the path.")
+            raise ConfigError(f"there is no recipe file {name}", f"recipe={name}", "Check the path.")
         return read(file)
     known = catalogue()
     if name not in known:
-        raise ConfigError(f'there is no recipe "{name}"', f"recipe={name}", nearest(name, known) + " See `ftrun recipes`.")
+        raise ConfigError(f'there is no recipe "{name}"', f"recipe={name}", f"{nearest(name, known)} See `ftrun recipes`.")
     return read(known[name])
 
 
-@functools.cache
 def catalogue() -> dict[str, Path]:
     """Name and file of every recipe; a later folder wins over an earlier one."""
     files: dict[str, Path] = {}
     for folder in folders():
         if not folder.is_dir():
             raise ConfigError(f"there is no recipe folder {folder}", todo="Check --recipes and FTRUN_RECIPES.")
-        files |= {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+        files |= {file.stem: file for file in folder.glob("*.yaml")}
     return dict(sorted(files.items()))
 
 
-@functools.cache
 def read(file: Path) -> Recipe:
     """Parse one recipe. Raises ConfigError for anything that is not a recipe, `_target_` and `hydra:` included."""
-    text = file.read_text()
     try:
-        raw = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except (OmegaConfBaseException, ValueError, Exception) as error:  # yaml raises its own hierarchy
-        if not isinstance(error, Exception) or error.__class__.__module__.split(".")[0] not in ("yaml", "omegaconf", "builtins"):
-            raise
-        raise ConfigError(f"{file} is not valid YAML", " ".join(str(error).split()), "Mend the line.") from None
+        text = file.read_text()
+        raw: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid YAML", " ".join(str(error).split()), "Mend that line.") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read", str(error.strerror)) from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file} is not a recipe: it holds no keys")
+        raise ConfigError(f"{file} is not a recipe", "it holds a list, not keys")
     _refuse_code(raw, file)
-    choices = _choices(raw.pop("defaults", []), file)
-    blocks = {slot: raw.pop(slot) or {} for slot in registry.SLOTS if slot in raw}
+    choices = _choices(raw.pop("defaults", None) or [], file)
+    blocks = {slot: _section(raw.pop(slot), slot, file) for slot in registry.SLOTS if slot in raw}
     if "picker" in blocks.get("select", {}):
-        blocks["picker"] = blocks["select"].pop("picker")
+        blocks["picker"] = _section(blocks["select"].pop("picker"), "picker", file)
     about, usage = _header(text)
     return Recipe(
         name=file.stem,
         file=file,
-        paper=raw.pop("paper", {}),
-        fidelity=raw.pop("fidelity", ""),
-        differences=raw.pop("differences", []) or [],
+        paper=_section(raw.pop("paper", None), "paper", file),
+        fidelity=str(raw.pop("fidelity", "")),
+        differences=raw.pop("differences", None) or [],
         choices=choices,
         blocks=blocks,
-        values=raw,  # type: ignore[arg-type]
+        values={str(key): value for key, value in raw.items()},
         about=about,
         usage=usage,
     )
 
 
+def _section(value: Any, key: str, file: Path) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        todo = f"Choose a component under defaults: `- override /{key}: {value}`." if key in registry.SLOTS else ""
+        raise ConfigError(f"{file}: `{key}:` holds knobs, not {value!r}", f"{key}: {value}", todo)
+    return value
+
+
 def _choices(defaults: Any, file: Path) -> dict[str, Any]:
     """Turn ``- override /adapter: lora`` lines into {slot: name}."""
     choices: dict[str, Any] = {}
-    for entry in defaults or []:
+    for entry in defaults if isinstance(defaults, list) else [defaults]:
         if entry == "_self_":
             continue
         if not isinstance(entry, dict) or len(entry) != 1 or not str(next(iter(entry))).startswith("override /"):
-            raise ConfigError(f"{file}: a recipe's defaults are lines `override /slot: name`, not {entry!r}")
+            raise ConfigError(f"{file}: a recipe's defaults are lines `- override /slot: name`, not {entry!r}")
         key, name = next(iter(entry.items()))
         slot = str(key).removeprefix("override /").replace("select/picker", "picker")
         if slot not in DEFAULT_CHOICES:
             raise ConfigError(f'{file}: there is no slot "{slot}"', f"{key}: {name}", nearest(slot, DEFAULT_CHOICES))
-        if slot in registry.SLOTS:
-            for one in name if isinstance(name, list) else [name]:
-                registry.find(slot, one)
+        names = name if isinstance(name, list) else [name]
+        for one in names if slot in registry.SLOTS else []:
+            try:
+                registry.find(slot, str(one))
+            except ConfigError as error:
+                raise ConfigError(f"{file}: {error.what}", f"{key}: {name}", error.todo) from None
         choices[slot] = name
     return choices
 
@@ -139,10 +168,10 @@ def _choices(defaults: Any, file: Path) -> dict[str, Any]:
 def _refuse_code(node: Any, file: Path, top: bool = True) -> None:
     if isinstance(node, dict):
         for key, value in node.items():
-            if key in ("_target_", "_partial_", "_recursive_") or (top and key == "hydra"):
+            if str(key) in ("_target_", "_partial_", "_recursive_", "_convert_", "_args_") or (top and key == "hydra"):
                 raise ConfigError(
                     f"{file} holds `{key}:`, which a recipe may not",
-                    todo="A recipe names registered components; to run code of your own, register a component (see the README).",
+                    todo="A recipe names registered components; for code of your own, register a component (see the README).",
                 )
             _refuse_code(value, file, top=False)
     elif isinstance(node, list):
@@ -151,6 +180,7 @@ def _refuse_code(node: Any, file: Path, top: bool = True) -> None:
 
 
 def _header(text: str) -> tuple[str, list[str]]:
+    """The comment at the top of a recipe: what it is good for, and the commands that run it."""
     about: list[str] = []
     usage: list[str] = []
     for line in text.splitlines():

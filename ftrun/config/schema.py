@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -10,14 +12,20 @@ from ftrun.errors import ConfigError, nearest
 from ftrun.registry import Knob, type_name
 
 
-def check_section(values: dict[str, Any], knobs: dict[str, Knob], prefix: str, owner: str = "") -> dict[str, Any]:
-    """All knobs of a section with their checked values; a key without a knob is refused."""
+def check_section(values: Any, knobs: dict[str, Knob], prefix: str, owner: str = "") -> dict[str, Any]:
+    """All knobs of a section with their checked values; a key without a knob is refused.
+
+    ``owner`` names the component that the knobs belong to, as in ``adapter=lora``.
+    """
+    if not isinstance(values, dict):
+        todo = f"Set its keys, as in {_join(prefix, next(iter(knobs)))}=..." if knobs else f"{owner} has no knobs."
+        raise ConfigError(f"{prefix} is a section, not a value", f"{prefix}={values}", todo)
     for key in values:
         if key not in knobs:
-            whose = f"{owner} has no knob" if owner else "there is no key"
-            raise ConfigError(f'{whose} "{key}"', f"{_join(prefix, key)}={values[key]}", nearest(key, knobs))
+            what = f'{owner} has no knob "{key}"' if owner else f'there is no key "{_join(prefix, key)}"'
+            raise ConfigError(what, f"{_join(prefix, key)}={values[key]}", nearest(str(key), knobs))
     return {
-        name: coerce(values[name], knob.type, _join(prefix, name)) if name in values else knob.default
+        name: coerce(values[name], knob.type, _join(prefix, name)) if name in values else copy.deepcopy(knob.default)
         for name, knob in knobs.items()
     }
 
@@ -29,11 +37,25 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     """
     try:
         return _coerce(value, kind)
-    except (TypeError, ValueError):
-        todo = ""
-        if typing.get_origin(kind) is Literal and isinstance(value, str):
-            todo = nearest(value, [str(choice) for choice in typing.get_args(kind)])
-        raise ConfigError(f"{key} takes {type_name(kind)}, not {value!r}", f"{key}={value}", todo) from None
+    except (TypeError, ValueError, OverflowError):
+        what = f"{key} takes {type_name(kind)}, not {value!r}"
+        raise ConfigError(what, f"{key}={value}", _way_out(value, kind, key)) from None
+
+
+def _way_out(value: Any, kind: Any, key: str) -> str:
+    options = typing.get_args(kind) if _is_union(kind) else (kind,)
+    choices = [str(choice) for option in options if typing.get_origin(option) is Literal for choice in typing.get_args(option)]
+    if choices and isinstance(value, str):
+        return nearest(value, choices)
+    if any(typing.get_origin(option) is list or option is list for option in options) and isinstance(value, (str, int, float)):
+        return f"Write a list: '{key}=[{value}]'."
+    if str in options and isinstance(value, (float, bool)):
+        return f"Quote it to make it text: '{key}=\"{value}\"'."
+    return ""
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) is typing.Union or isinstance(kind, types.UnionType)
 
 
 def _coerce(value: Any, kind: Any) -> Any:
@@ -41,10 +63,10 @@ def _coerce(value: Any, kind: Any) -> Any:
     if kind is Any:
         return value
     if origin is Literal:
-        if value in arguments:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
         raise ValueError
-    if origin is typing.Union or isinstance(kind, types.UnionType):
+    if _is_union(kind):
         return _first_fit(value, arguments)
     if kind is None or kind is type(None):
         if value is None:
@@ -57,20 +79,22 @@ def _coerce(value: Any, kind: Any) -> Any:
     if origin is dict or kind is dict:
         if not isinstance(value, dict):
             raise ValueError
-        return {key: _coerce(item, arguments[1]) if arguments else item for key, item in value.items()}
+        if not arguments:
+            return value
+        return {_coerce(name, arguments[0]): _coerce(item, arguments[1]) for name, item in value.items()}
     return _scalar(value, kind)
 
 
 def _scalar(value: Any, kind: type) -> Any:
-    if kind is bool:
-        if isinstance(value, bool):
+    """A number never becomes text by way of float: the commit 12e5 would turn into 1200000.0."""
+    if isinstance(value, bool):
+        if kind is bool:
             return value
-        raise ValueError
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif kind is float and isinstance(value, (int, float)) and not math.isnan(value):
         return float(value)
-    if kind is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+    elif kind is int and isinstance(value, (int, float)) and value == int(value):
         return int(value)
-    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    elif kind is str and isinstance(value, (str, int)):
         return str(value)
     raise ValueError
 
@@ -83,10 +107,10 @@ def _first_fit(value: Any, options: tuple[Any, ...]) -> Any:
     for option in options:
         try:
             return _coerce(value, option)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
     raise ValueError
 
 
-def _join(prefix: str, key: str) -> str:
-    return f"{prefix}.{key}" if prefix else key
+def _join(prefix: str, key: Any) -> str:
+    return f"{prefix}.{key}" if prefix else str(key)

@@ -22,3 +22,8 @@ class Bundle:
     path: str  # as the user named it
     fingerprint: str  # hash of the base weights and the tokenizer
     context_length: int  # tokens that the model can attend to
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills the right of a batch; never seen by attention or loss."""
+        return self.tokenizer.pad_token_id or 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ftrun.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
@@ -23,7 +25,12 @@ class OptimizerConfig:
         raise NotImplementedError
 
     def groups(self, named_parameters: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-        """Two parameter groups: matrices with weight decay, vectors (norms, biases, IA3 scales) without."""
+        """Two parameter groups: matrices with weight decay, vectors (norms, biases, IA3 scales) without.
+
+        A group without a parameter is left out. Raises ConfigError where nothing at all is trainable.
+        """
+        if not named_parameters:
+            raise ConfigError("there is nothing to train: no parameter is trainable", "", "Choose another adapter.")
         matrices = [p for _, p in named_parameters if p.ndim >= 2]
         vectors = [p for _, p in named_parameters if p.ndim < 2]
         both = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -45,6 +45,11 @@ class StepView:
         return self.architecture.head(self.model).logits(self.hidden)
 
     @cached_property
+    def class_logits(self) -> Tensor:
+        """Logits of a sequence classifier, (sequences, labels)."""
+        return self.model(input_ids=self.batch.input_ids, attention_mask=self.batch.attention_mask).logits
+
+    @cached_property
     def reference_nll(self) -> Tensor:
         """``token_nll`` under the model before training, without gradient, (tokens,)."""
         assert self.reference is not None, "the objective did not declare uses_reference"

@@ -1,0 +1,43 @@
+# make setup | demo | test | lint | docs
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: setup demo test lint docs
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# pip is silent for minutes or prints hundreds of lines; this shows one line a package
+COUNT = awk '/^Collecting|^Requirement already/ { n++; name = $$1 == "Collecting" ? $$2 : $$4; printf "  [%3d] %s\n", n, name; fflush() } \
+	/^Installing collected/ { print "  installing ..."; fflush() } /^(ERROR|WARNING: Retrying)/ { print; fflush() }'
+
+DEMO := $(BIN)/ftrun train recipe=qlora_sft select=superfiltering budget=0.25 data=gsm_symbolic 'eval=[heldout,generation]' \
+	train.max_steps=30 eval.generation.limit=40
+
+setup: $(STAMP)
+
+# made anew only when the lock or the project file changed
+$(STAMP): requirements.lock pyproject.toml
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --progress-bar off "$$(grep '^torch==' requirements.lock)" | $(COUNT)
+	@$(PIP) install --progress-bar off --no-deps -r requirements.lock | $(COUNT)
+	@$(PIP) install --progress-bar off --no-deps --quiet --editable .
+	@touch $@
+
+demo: setup
+	$(DEMO)
+
+# two processes with one thread each beat one process with two on small models
+test: setup
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: setup
+	$(BIN)/python scripts/make_docs.py

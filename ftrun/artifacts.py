@@ -1,0 +1,141 @@
+"""The run folder and everything written into it: whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from ftrun.errors import ConfigError, ResourceError
+
+MANIFEST = "manifest.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON (NaN and infinity become null), written beside and renamed."""
+    write_text(path, json.dumps(strict(value), indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    with disk_guard(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with beside.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def strict(value: Any) -> Any:
+    """Plain values with NaN and infinity as None, which strict JSON cannot say."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return value
+
+
+@contextlib.contextmanager
+def disk_guard(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one clear line.
+
+    Raises ResourceError when the disk is full, ConfigError when the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"the disk is full while writing {path.name}", str(path.parent), "Free some space, or write elsewhere with out=DIR.") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise ConfigError(f"cannot write {path.name}: {error.strerror}", str(path.parent), "Choose a folder that you may write with out=DIR.") from error
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears complete or not at all: filled beside, a manifest of sizes and SHA-256 last, then renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with disk_guard(path):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            files = sorted(file for file in beside.rglob("*") if file.is_file())
+            entries = {str(file.relative_to(beside)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
+            write_json(beside / MANIFEST, entries)
+            if path.exists():
+                shutil.rmtree(path)
+            beside.replace(path)
+    except Exception as error:
+        # torch and safetensors report a full disk in their own words
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise ResourceError(f"the disk is full while writing {path.name}", str(path.parent), "Free some space, or write elsewhere with out=DIR.") from error
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def is_whole(folder: Path) -> bool:
+    """True when every file of the manifest is there with its size and hash."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return all(
+        (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"] and sha256(folder / name) == entry["sha256"]
+        for name, entry in entries.items()
+    )
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Short hash of plain values, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class RunLock:
+    """Holds a run folder for one process: a second run with the same `out` is refused at once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> RunLock:
+        with disk_guard(self.folder / ".lock"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another run is writing to {self.folder}", f"out={self.folder}", "Wait for it, or choose another out=DIR.") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+
+
+def new_run_folder(recipe: str | None, config: dict[str, Any]) -> Path:
+    """runs/<recipe>/<time>-<hash of the config>, not yet made."""
+    base = Path("runs") / (recipe or "none")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return base / f"{stamp}-{digest(config)[:8]}"

@@ -1,0 +1,465 @@
+"""The stages of a run in order: select, attach, train, evaluate."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ftrun import lockfile, stagecache
+from ftrun.adapters.base import Adapter
+from ftrun.artifacts import RunLock, digest, new_run_folder, write_json, write_text
+from ftrun.config.compose import Composed
+from ftrun.config.settings import ModelConfig, Settings
+from ftrun.context import Context, cache_dir
+from ftrun.data.pool import Pool, load_pool, split_heldout
+from ftrun.data.prepare import Prepared, prepare
+from ftrun.data.render import apply_template
+from ftrun.data.tokens import TokenTable
+from ftrun.errors import CheckpointError, ConfigError, DataError, FtrunError
+from ftrun.evaluation.run import evaluate_all, heldout_loss
+from ftrun.models.bundle import Bundle
+from ftrun.models.load import load_bundle, load_config, load_tokenizer
+from ftrun.objectives.base import Objective
+from ftrun.reporting.html import write_report
+from ftrun.select.run import run_selection
+from ftrun.tokens.run import run_tokens
+from ftrun.training import checkpoint, memory
+from ftrun.training.distributed import Team
+from ftrun.training.loop import Reference, Trainer, switched_off
+from ftrun.training.progress import Reporter
+from ftrun.training.signals import StopSignals
+
+# settings that may differ between a run and its continuation: they do not change what is computed
+FREE_ON_RESUME = {"out", "resume", "launch", "stages", "eval", "run", "prompt"}
+FREE_TRAIN_KEYS = {"save_steps", "keep_checkpoints", "log_steps", "trackers", "eval_before", "merge", "batch_tokens"}
+
+
+def run(composed: Composed, verb: str, command: Sequence[str]) -> dict[str, Any]:
+    """Carry out a recipe in this process (one of several, if a launcher started it) and return its summary.
+
+    Raises FtrunError; whatever happens, summary.json says how the run ended.
+    """
+    settings = composed.settings
+    settings.stages = ["select"] if verb == "select" else settings.stages
+    torch.manual_seed(settings.seed)
+    np.random.seed(settings.seed % 2**32)  # libraries below us may draw from it
+    out = run_folder(settings)
+    team = Team(settings.launch, settings.train.trackers, str(out))
+    report = Reporter(rank=team.rank)
+    lock = RunLock(out) if team.is_main else contextlib.nullcontext()
+    with lock, StopSignals() as signals, contextlib.closing(report):
+        ctx = Context(settings, out, team, report)
+        chain = Chain(ctx, composed, list(command), signals)
+        try:
+            return chain.run()
+        finally:
+            team.close()
+
+
+def run_folder(settings: Settings) -> Path:
+    """Where this run writes. Raises ConfigError when the folder already holds a run and is not being resumed."""
+    if settings.resume:
+        folder = Path(settings.resume)
+        if not (folder / "config.yaml").exists():
+            raise ConfigError(f"there is no run in {folder}", f"resume={folder}", "Give the folder of a run: the one that holds config.yaml.")
+        return folder
+    folder = Path(settings.out) if settings.out else new_run_folder(settings.recipe, settings.as_dict())
+    if (folder / "summary.json").exists():
+        raise ConfigError(f"{folder} already holds a run", f"out={folder}", f"Choose another out=DIR, or continue it with resume={folder}.")
+    return folder
+
+
+class Chain:
+    """One run: what its stages share."""
+
+    def __init__(self, ctx: Context, composed: Composed, command: list[str], signals: StopSignals):
+        self.ctx, self.settings, self.report = ctx, ctx.settings, ctx.report
+        self.composed, self.command, self.signals = composed, command, signals
+        self.started = time.time()
+        self.objective: Objective = self.settings.component("objective")
+        self.trainer: Trainer | None = None
+        self.selected: np.ndarray | None = None
+        self.metrics: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}
+        self.work = cache_dir() / "data"
+
+    # ---- the run and its record ----
+
+    def run(self) -> dict[str, Any]:
+        try:
+            self._open()
+            self._stages()
+            status, error = "done", None
+        except FtrunError as problem:
+            status = {130: "interrupted", 143: "preempted"}.get(problem.exit_code, "failed")
+            error = problem
+        except KeyboardInterrupt:
+            raise
+        except Exception as problem:
+            self._close("failed", problem)
+            raise
+        summary = self._close(status, error)
+        if error:
+            raise error
+        return summary
+
+    def _open(self) -> None:
+        out = self.ctx.out
+        identity = self.identity()
+        if self.settings.resume:
+            self._check_resumed(identity)
+        if self.ctx.team.is_main:
+            from omegaconf import OmegaConf
+
+            write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.settings.as_dict())))
+            write_json(out / "identity.json", identity)
+            (out / "summary.json").unlink(missing_ok=True)
+        self.report.log_to(out / "ftrun.log")
+        self.report.stage(f"ftrun {self.settings.recipe or ''}".strip(), str(out))
+        for note in self.composed.notes:
+            self.report.note(note)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is computed; a resumed run must agree in all of them."""
+        plain = {key: value for key, value in self.settings.as_dict().items() if key not in FREE_ON_RESUME}
+        plain["train"] = {key: value for key, value in plain["train"].items() if key not in FREE_TRAIN_KEYS}
+        return json.loads(json.dumps(plain, default=str))
+
+    def _check_resumed(self, identity: dict[str, Any]) -> None:
+        file = self.ctx.out / "identity.json"
+        before = json.loads(file.read_text()) if file.exists() else {}
+        if before.get("recipe") != identity["recipe"]:
+            raise CheckpointError(f"{self.ctx.out} is a run of recipe={before.get('recipe')}, not of {identity['recipe']}", f"resume={self.ctx.out}", "Resume with the command that started the run.")
+        changed = _differences(before, identity)
+        if changed:
+            raise CheckpointError(
+                f"{self.ctx.out} was started with other settings: {'; '.join(changed[:4])}",
+                f"resume={self.ctx.out}",
+                "Resume with the same settings, or start a new run.",
+            )
+
+    def _close(self, status: str, error: Exception | None) -> dict[str, Any]:
+        trained = self.trainer.progress if self.trainer else None
+        model = self.ctx.bundle.model if self.ctx.bundle else None
+        summary = {
+            "recipe": self.settings.recipe,
+            "status": status,
+            "steps": trained.step if trained else 0,
+            "tokens": trained.tokens if trained else 0,
+            "wall_s": round(time.time() - self.started, 3),
+            "peak_memory_bytes": memory.peak_bytes(),
+            "trainable_parameters": self.counts.get("trainable", 0),
+            "total_parameters": self.counts.get("total", logical_parameters(model) if model is not None else 0),
+            "final_loss": trained.last_loss if trained else None,
+            "metrics": self.metrics,
+            "selected_rows": int(len(self.selected)) if self.selected is not None else None,
+            "out": str(self.ctx.out),
+        }
+        if error is not None:
+            summary["error"] = {"what": str(error).splitlines()[0] if str(error) else type(error).__name__, "message": str(error), "exit_code": getattr(error, "exit_code", 5)}
+        if self.ctx.team.is_main and self.ctx.out.exists():
+            write_json(self.ctx.out / "lock.json", lockfile.describe(self.command, self.settings.seed, self.ctx.facts))
+            write_json(self.ctx.out / "summary.json", summary)
+            if status == "done":
+                self.report.note(f"report: {write_report(self.ctx.out)}")
+        return json.loads(json.dumps(summary, default=str))
+
+    # ---- the stages ----
+
+    def _stages(self) -> None:
+        stages, select = self.settings.stages, self.settings.choice("select")
+        with self.report.task("read rows", None, unit="rows") as bar:
+            pool = load_pool(self.settings.data, self.work, self.settings.seed)
+            bar.advance(len(pool))
+        for note in pool.notes:
+            self.report.note(note)
+        self._check_kind(pool)
+        train_pool = self._split(pool) if stages != ["select"] else pool
+        self.ctx.facts["data"] = pool.fingerprint
+        if "select" in stages and select != "none":
+            train_pool = self._select(train_pool)
+        elif stages == ["select"] and self.settings.choice("tokens") == "none":
+            raise ConfigError(f"recipe {self.settings.recipe} selects nothing", todo="Add select=superfiltering budget=0.1, or see `ftrun recipes --slot select`.")
+        self.ctx.train_pool = train_pool
+        if stages == ["select"] and self.settings.choice("tokens") == "none":
+            return
+        table = self._tokenise(train_pool)
+        self._load_model()
+        table = self._static_weights(table)
+        self.ctx.train_tokens = table
+        if "train" in stages:
+            self._train(table)
+        elif "eval" in stages:
+            self._evaluate("results")
+
+    def _check_kind(self, pool: Pool) -> None:
+        wanted = self.objective.kind
+        if pool.kind != wanted and not (wanted == "sft" and pool.kind == "prompts" and self.settings.stages == ["eval"]):
+            advice = {"sft": "objective=sft", "text": "recipe=cpt (objective=text)", "pairs": "recipe=dpo (objective=dpo)", "labels": "recipe=classify_lora (task=classify)", "prompts": "a format with responses"}
+            raise DataError(
+                f"{self.settings.choice('objective')} trains on {wanted} rows; these are {pool.kind} rows (format {pool.format})",
+                f"data.path={self.settings.data.path}",
+                f"Use {advice.get(pool.kind, 'another objective')}, or name the layout with data.format and data.columns.",
+            )
+
+    def _split(self, pool: Pool) -> Pool:
+        """Put the held-out rows aside; returns the rest."""
+        data = self.settings.data
+        if data.heldout_path:
+            other = copy.copy(data)
+            other.path, other.weights, other.limit = data.heldout_path, None, data.heldout_limit
+            self.ctx.heldout = load_pool(other, self.work, self.settings.seed)
+            return pool
+        if data.heldout == 0:
+            return pool
+        train, heldout = split_heldout(pool, data.heldout, self.settings.seed)
+        if len(train) == 0:
+            raise DataError(f"no row is left to train on after {len(heldout)} of {len(pool)} were held out", f"data.heldout={data.heldout}", "Use more rows, or data.heldout=0.")
+        if len(heldout):
+            self.ctx.heldout = heldout.subset(heldout.ids[: data.heldout_limit])
+        self.report.note(f"{len(train):,} rows to train on, {len(heldout):,} held out")
+        return train
+
+    def _select(self, pool: Pool) -> Pool:
+        """Score the rows and pick; the outcome is reused when nothing that it depends on has changed."""
+        settings, folder = self.settings, self.ctx.out / "selection"
+        self.report.stage("select", f"{settings.choice('select')} over {len(pool):,} rows")
+        model = copy.copy(settings.model)
+        if settings.select.model_path:
+            model = ModelConfig(path=settings.select.model_path, dtype=settings.model.dtype)
+        key = digest(
+            {
+                "select": settings.as_dict()["select"],
+                "budget": settings.budget,
+                "seed": settings.seed,
+                "template": settings.model.template,
+                "quant": settings.slots["quant"],
+                "data": [settings.as_dict()["data"], pool.fingerprint, digest(pool.ids.tolist())],
+                "model": [model, _fingerprint(model)],
+                "code": lockfile.code_digest([("select", settings.choice("select")), ("picker", settings.choice("picker"))], ["select"]),
+            }
+        )
+        files = [folder / name for name in ("scores.parquet", "selected.jsonl", "summary.json")]
+        hit = stagecache.fetch("select", key, folder) if self.ctx.team.is_main else None
+        if self.ctx.team.gather_object(hit)[0]:
+            self.report.note("the same selection was made before: reused")
+        else:
+            bundle = self._scoring_bundle(model)
+            run_selection(settings, pool, bundle, self.ctx)
+            if self.ctx.team.is_main:
+                stagecache.keep("select", key, files)
+        self.ctx.team.barrier()
+        with (folder / "selected.jsonl").open() as lines:
+            self.selected = np.array([json.loads(line)["id"] for line in lines], dtype=np.int64)
+        self.ctx.facts["selection"] = digest(self.selected.tolist())
+        # training shuffles by itself; ids in pool order make it independent of ties in the ranking
+        return pool.subset(np.sort(self.selected))
+
+    def _scoring_bundle(self, model: ModelConfig) -> Bundle:
+        """The model that scores, which is the run's own unless select.model.path names another."""
+        if self.settings.select.model_path is None and self.settings.task == "causal":
+            self._load_model()
+            assert self.ctx.bundle is not None
+            return self.ctx.bundle
+        from ftrun.registry import build
+
+        bundle = load_bundle(model, task="causal", quant=build("quant", "none"), device=self.ctx.team.device)
+        apply_template(bundle.tokenizer, model.template)
+        return bundle
+
+    def _tokenise(self, pool: Pool) -> TokenTable:
+        prepared = self._prepare(pool, "tokenise")
+        if self.ctx.heldout is not None:
+            heldout = self._prepare(self.ctx.heldout, "tokenise held-out rows")
+            self.ctx.heldout_tokens = heldout.table
+            self.ctx.heldout = self.ctx.heldout.subset(heldout.kept)
+        self.ctx.facts["tokens"] = prepared.table.fingerprint()
+        self.labels = prepared.labels
+        return prepared.table
+
+    def _prepare(self, pool: Pool, name: str) -> Prepared:
+        tokenizer = load_tokenizer(self.settings.model)
+        if self.settings.task == "causal":
+            apply_template(tokenizer, self.settings.model.template)
+        config = load_config(self.settings.model)
+        work = self.work / "tokens"
+        result: Prepared | None = None
+        # one process tokenises; the others open what it wrote
+        for turn in (0, 1):
+            if (self.ctx.team.rank == 0) == (turn == 0):
+                result = prepare(
+                    pool,
+                    tokenizer,
+                    self.settings.data,
+                    context_length=config.context_length,
+                    vocab_size=config.vocab_size,
+                    folder=work,
+                    report=self.report,
+                )
+            self.ctx.team.barrier()
+        assert result is not None
+        for note in result.notes:
+            self.report.note(f"{name}: {note}")
+        return result
+
+    def _load_model(self) -> None:
+        if self.ctx.bundle is not None:
+            return
+        settings = self.settings
+        with self.report.task("load model", None), memory.memory_guard("loading the model", "Use quant=nf4, or a smaller model."):
+            labels = len(self.labels) if settings.task == "classify" else None
+            bundle = load_bundle(settings.model, task=settings.task, quant=settings.component("quant"), device=self.ctx.team.device, labels=labels)
+        if settings.task == "causal":
+            apply_template(bundle.tokenizer, settings.model.template)
+        self.ctx.bundle = bundle
+        self.counts["total"] = logical_parameters(bundle.model)
+        self.ctx.facts["model"] = bundle.fingerprint
+        self.ctx.facts["template"] = digest(getattr(bundle.tokenizer, "chat_template", None))
+
+    labels: list[Any] = []
+
+    def _static_weights(self, table: TokenTable) -> TokenTable:
+        policy = self.settings.component("tokens")
+        if not policy.static:
+            return table
+        self.report.stage("tokens", self.settings.choice("tokens"))
+        return run_tokens(policy, table, self.ctx)
+
+    # ---- train ----
+
+    def _train(self, table: TokenTable) -> None:
+        settings, bundle = self.settings, self.ctx.bundle
+        assert bundle is not None
+        path, damaged = checkpoint.newest_whole(self.ctx.out / "train" / "checkpoints") if settings.resume else (None, [])
+        for folder in damaged:
+            self.report.warn(f"{folder.name} is damaged or incomplete: passed over")
+        if settings.resume and damaged and path is None:
+            raise CheckpointError("no checkpoint is whole", str(self.ctx.out / "train" / "checkpoints"), "Start a new run.")
+        if "eval" in settings.stages and settings.train.eval_before and not (self.ctx.out / "eval" / "before.json").exists():
+            self._evaluate("before")
+        self.report.stage("train", f"{settings.choice('objective')} with adapter={settings.choice('adapter')}, quant={settings.choice('quant')}")
+        adapter: Adapter = settings.component("adapter")
+        original = self._copy_for_reference(adapter, bundle.model)
+        torch.manual_seed(settings.seed)
+        quant = settings.component("quant")
+        bundle.model = quant.prepare(bundle.model, settings.train.gradient_checkpointing)
+        bundle.model = adapter.attach(bundle.model, self.ctx)
+        if settings.train.gradient_checkpointing:
+            bundle.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        named = [(name, p) for name, p in bundle.model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ConfigError("nothing would be trained: no parameter is trainable", f"adapter={settings.choice('adapter')}", "Choose an adapter, or quant=none for full fine-tuning.")
+        self.ctx.team.broadcast_([p for _, p in named])
+        self.counts["trainable"] = sum(p.numel() for _, p in named)
+        optimizer = settings.component("optim").build(named)
+        adapter.bind(optimizer)
+        self.trainer = Trainer(
+            ctx=self.ctx,
+            bundle=bundle,
+            table=table,
+            adapter=adapter,
+            objective=self.objective,
+            tokens=settings.component("tokens"),
+            optimizer=optimizer,
+            schedule=settings.component("schedule"),
+            parameters=dict(named),
+            evaluate=self._heldout_loss if self.ctx.heldout_tokens is not None and len(self.ctx.heldout_tokens) else None,
+            reference=self._reference(adapter, original),
+            identity=digest(self.identity()),
+        )
+        share = self.counts["trainable"] / max(1, self.counts["total"])
+        self.report.note(f"{self.counts['trainable']:,} of {self.counts['total']:,} parameters train ({share:.2%}); {len(table):,} rows, {self.trainer.plan.steps:,} steps")
+        if path:
+            self.report.note(f"resuming from {path.name}")
+        if settings.train.trackers:
+            self.ctx.team.accelerator.init_trackers("ftrun", config={"recipe": settings.recipe})
+        self.trainer.run(self.signals, path)
+        if settings.train.load_best:
+            self.trainer.load_best()
+        self._save(adapter)
+        if "eval" in settings.stages:
+            self._evaluate("results")
+
+    def _copy_for_reference(self, adapter: Adapter, model: nn.Module) -> nn.Module | None:
+        """A frozen copy of the untrained model, where an objective needs it and the adapter cannot be switched off."""
+        if not self.objective.uses_reference or type(adapter).disabled is not Adapter.disabled:
+            return None
+        self.report.note("the reference model is a frozen copy: this adapter cannot be switched off")
+        return copy.deepcopy(model).eval().requires_grad_(False)
+
+    def _reference(self, adapter: Adapter, original: nn.Module | None) -> Reference | None:
+        if not self.objective.uses_reference:
+            return None
+        if original is None:
+            return lambda: switched_off(adapter, self.ctx.bundle.model)  # type: ignore[union-attr]
+
+        @contextlib.contextmanager
+        def frozen() -> Iterator[nn.Module]:
+            yield original
+
+        return frozen
+
+    def _save(self, adapter: Adapter) -> None:
+        assert self.ctx.bundle is not None
+        if self.ctx.team.is_main:
+            folder = adapter.save(self.ctx.bundle.model, self.ctx.out)
+            self.ctx.bundle.tokenizer.save_pretrained(folder)
+            self.report.note(f"saved {folder}")
+            if self.settings.train.merge and folder.name == "adapter":
+                from ftrun.verbs.merge import merge_run
+
+                self.report.note(f"merged into {merge_run(self.ctx.out, self.settings)}")
+        self.ctx.team.barrier()
+
+    # ---- evaluate ----
+
+    def _heldout_loss(self) -> float:
+        assert self.ctx.bundle is not None and self.ctx.heldout_tokens is not None
+        return heldout_loss(self.ctx.bundle, self.ctx)
+
+    def _evaluate(self, tag: str) -> None:
+        evaluators = self.settings.evaluators()
+        if not evaluators:
+            return
+        assert self.ctx.bundle is not None
+        self.report.stage("evaluate", "before training" if tag == "before" else "")
+        results = evaluate_all(evaluators, self.ctx.bundle, self.ctx, tag)
+        target = self.metrics.setdefault("before", {}) if tag == "before" else self.metrics
+        for evaluator, metrics in results.items():
+            target[evaluator] = {name: entry["value"] for name, entry in metrics.items()}
+
+
+def logical_parameters(model: nn.Module) -> int:
+    """Parameters as the architecture counts them: two 4-bit weights share a byte in storage."""
+    total = 0
+    for parameter in model.parameters():
+        packed = type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", None) if packed else None
+        total += int(np.prod(shape)) if shape is not None else parameter.numel()
+    return total
+
+
+def _fingerprint(model: ModelConfig) -> str:
+    from ftrun.models.load import fingerprint
+
+    return fingerprint(model)
+
+
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """``train.batch_size 8 -> 4`` for every leaf that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for name in sorted(before.keys() | now.keys()):
+            found += _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+        return found
+    return [] if before == now else [f"{key} {before} -> {now}"]

@@ -1,0 +1,105 @@
+"""What Hydra is given: the root, every component, every group, and the recipes of a command line.
+
+A recipe's values for a slot are stored apart, under the name of the component they belong to. The defaults list asks
+for ``<recipe>--<choice>``, so that values meant for lora vanish by themselves when the command line says adapter=lisa,
+inside a sweep too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from ftrun import registry
+from ftrun.config import recipes
+from ftrun.config.recipes import DEFAULT_CHOICES, GROUPS, Recipe
+from ftrun.config.settings import SECTIONS, SETTINGS_FILE
+from ftrun.registry import Knob
+
+ROOT = "ftrun"
+SINGLE_SLOTS = tuple(slot for slot in registry.SLOTS if slot != "eval")
+RECIPE_FILE = "recipe_file"  # carries the file of a recipe into the processes of a sweep
+
+
+def populate(chosen: Recipe | Sequence[Recipe] = ()) -> None:
+    """Put the root, every component and every group into Hydra's ConfigStore, and these recipes with their blocks."""
+    store = ConfigStore.instance()
+    store.repo.pop("_block", None)  # an earlier composition's
+    for slot in registry.SLOTS:
+        for spec in registry.specs(slot).values():
+            node = {name: knob.default for name, knob in spec.knobs.items()}
+            package = f"eval.{spec.name}" if slot == "eval" else _package(slot)
+            store.store(group=slot, name=spec.name, node=OmegaConf.create(node), package=package)
+    for group in GROUPS:
+        for file in group_files(group).values():
+            store.store(group=group, name=file.stem, node=OmegaConf.load(file), package=group)
+    for name in ("null", *recipes.catalogue()):
+        store.store(group="recipe", name=name, node=OmegaConf.create({}), package="_global_")
+    for recipe in [chosen] if isinstance(chosen, Recipe) else chosen:
+        _store_recipe(store, recipe)
+    store.store(name=ROOT, node=OmegaConf.create(_root_node()))
+
+
+def group_files(group: str) -> dict[str, Any]:
+    """The choices of ``model`` or ``data`` and their files."""
+    return {file.stem: file for file in sorted((registry.PACKAGE / "conf" / group).glob("*.yaml"))}
+
+
+def _store_recipe(store: ConfigStore, recipe: Recipe) -> None:
+    node = dict(recipe.values)
+    node |= {"paper": recipe.paper, "fidelity": recipe.fidelity, "differences": recipe.differences}
+    node[RECIPE_FILE] = str(recipe.file.resolve())
+    node["defaults"] = [{f"override /{slot}": name} for slot, name in recipe.choices.items()]
+    if "eval" in recipe.blocks:
+        node["eval"] = recipe.blocks["eval"]
+    store.store(group="recipe", name=recipe.name, node=OmegaConf.create(node), package="_global_")
+    for slot in SINGLE_SLOTS:
+        if recipe.blocks.get(slot):
+            name = f"{recipe.name}--{recipe.choice(slot)}"
+            block = OmegaConf.create(recipe.blocks[slot])
+            store.store(group=f"_block/{slot}", name=name, node=block, package=_package(slot))
+
+
+def _package(slot: str) -> str:
+    return "select.picker" if slot == "picker" else slot
+
+
+def _root_node() -> dict[str, Any]:
+    defaults: list[Any] = ["_self_", *({group: DEFAULT_CHOICES[group]} for group in GROUPS)]
+    defaults += [{slot: name} for slot, name in DEFAULT_CHOICES.items() if slot not in GROUPS]
+    defaults += [{"recipe": "null"}]
+    defaults += [{f"optional _block/{slot}": f"${{recipe}}--${{{slot}}}"} for slot in SINGLE_SLOTS]
+    node: dict[str, Any] = {"defaults": defaults, RECIPE_FILE: None}
+    for section in SECTIONS:
+        node[section] = {name: knob.default for name, knob in section_knobs(section).items()}
+    node |= {name: knob.default for name, knob in root_knobs().items() if name != "recipe"}
+    shared = {name: knob.default for name, knob in shared_select_knobs().items()}
+    node["select"] = {"model": {"path": shared.pop("model.path")}, **shared}
+    node["eval"] = {}
+    # a run makes its own folder; Hydra only sweeps
+    node["hydra"] = {
+        "run": {"dir": "."},
+        "sweep": {"dir": "runs/.sweeps/${now:%Y%m%d-%H%M%S}", "subdir": "${hydra.job.num}"},
+        "output_subdir": None,
+        "job": {"chdir": False},
+    }
+    return node
+
+
+def section_knobs(section: str) -> dict[str, Knob]:
+    """Knobs of model, data, train or launch."""
+    return registry.read_dataclass(SETTINGS_FILE, SECTIONS[section].__name__)
+
+
+def root_knobs() -> dict[str, Knob]:
+    """Knobs at the top level of the config."""
+    return registry.read_dataclass(SETTINGS_FILE, "RootConfig")
+
+
+def shared_select_knobs() -> dict[str, Knob]:
+    """Knobs of the select section that every scorer shares, spelt as below ``select.``."""
+    knobs = registry.read_dataclass(SETTINGS_FILE, "SelectConfig")
+    return {("model.path" if name == "model_path" else name): knob for name, knob in knobs.items()}

@@ -1,0 +1,312 @@
+"""Raw rows, with the file and line they come from, out of whatever a user names as ``data.path``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ftrun.data.builtin import builtin_rows
+from ftrun.errors import DataError, nearest
+
+PACKED = (".gz", ".zst")
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
+HUB_WAIT = 3.0  # seconds for the hub's host to answer before it counts as unreachable
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A row as it was read. ``line`` counts from 1; parquet and arrow have rows instead of lines."""
+
+    fields: dict[str, Any]
+    file: str
+    line: int
+
+
+def read(path: str, split: str = "train") -> Iterator[Raw]:
+    """Rows of a file, folder, glob, hub id or builtin:NAME[:ROWS], in order. Raises DataError."""
+    if path.startswith("builtin:"):
+        for number, fields in enumerate(builtin_rows(path), start=1):
+            yield Raw(fields, path, number)
+        return
+    found = local_files(path)
+    if found is None:
+        yield from _read_hub(path, split)
+        return
+    for file in found:
+        try:
+            yield from read_arrow(file, split) if file.is_dir() else read_file(file)
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror or error}", str(file)) from error
+
+
+def local_files(path: str) -> list[Path] | None:
+    """The files (and arrow folders) that a path names, sorted; None when it can only be a hub id."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        if not is_data_file(place):
+            known = ", ".join(SUFFIXES)
+            raise DataError(f"{place} has no known ending", str(place), f"Known: {known}; .json, .jsonl and .csv also with .gz or .zst.")
+        return [place]
+    if place.is_dir():
+        return _in_folder(place)
+    if any(mark in path for mark in "*?["):
+        root = Path(place.anchor) if place.is_absolute() else Path()
+        matches = sorted(root.glob(str(place.relative_to(place.anchor))))
+        files = [file for match in matches for file in (_in_folder(match) if match.is_dir() else [match]) if file.is_dir() or is_data_file(file)]
+        if not files:
+            raise DataError(f'no data file matches "{path}"', f"data.path={path}", "Quote the pattern, and check it with ls.")
+        return files
+    if HUB_ID.fullmatch(path) and not is_data_file(place):
+        return None
+    raise DataError(f'there is no file "{path}"', f"data.path={path}", _near_file(place))
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether the ending says rows."""
+    suffix, packed = _suffix(path)
+    return suffix in SUFFIXES and not (packed and suffix == ".parquet")
+
+
+def _suffix(path: Path) -> tuple[str, str]:
+    packed = path.suffix.lower() if path.suffix.lower() in PACKED else ""
+    return (Path(path.stem) if packed else path).suffix.lower(), packed
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        return [folder]
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and is_data_file(file))
+    if not files:
+        raise DataError(f"the folder {folder} holds no data file", str(folder), f"Looked for {', '.join(SUFFIXES)}, and for what datasets.save_to_disk writes.")
+    return files
+
+
+def _near_file(place: Path) -> str:
+    if not place.parent.is_dir():
+        return f"There is no folder {place.parent} either."
+    here = [file.name for file in place.parent.iterdir() if file.is_dir() or is_data_file(file)]
+    return nearest(place.name, here) if here else f"{place.parent} holds no data file."
+
+
+# ---- one file ----
+
+
+def read_file(path: Path) -> Iterator[Raw]:
+    """Rows of one .json, .jsonl, .csv or .parquet file, the first three also packed."""
+    suffix, _ = _suffix(path)
+    reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[suffix]
+    empty = True
+    for raw in reader(path):
+        empty = False
+        yield raw
+    if empty:
+        raise DataError(f"{path} holds no rows", str(path), "Give a file with at least one row.")
+
+
+def open_bytes(path: Path) -> io.BufferedReader:
+    """The file's bytes, unpacked if its name ends in .gz or .zst."""
+    _, packed = _suffix(path)
+    if not packed:
+        return path.open("rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}[packed]))  # type: ignore[arg-type]
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their line ends; split at newlines only, since JSON strings may hold other line separators."""
+    with open_bytes(path) as stream:
+        number = 0
+        try:
+            for number, line in enumerate(stream, start=1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"line {number} of {path} is not UTF-8: {error.reason}", f"{path}:{number}", "Convert the file to UTF-8.") from error
+
+
+def parse_line(line: str, path: Path, number: int) -> dict[str, Any]:
+    """The object on one line of a jsonl."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", str(error))
+        raise DataError(f"line {number} of {path} is not JSON: {reason}", f"{path}:{number}", "Repair or remove that line.") from error
+    return _object(fields, str(path), number)
+
+
+def _object(fields: Any, file: str, number: int) -> dict[str, Any]:
+    if not isinstance(fields, dict):
+        kind = {list: "a list", str: "a string", type(None): "null"}.get(type(fields), "a bare value")
+        raise DataError(f"row {number} of {file} is {kind}, not an object with named fields", f"{file}:{number}", 'Write {"prompt": ..., "completion": ...} or another known layout.')
+    return fields
+
+
+def _read_jsonl(path: Path) -> Iterator[Raw]:
+    for number, line in _text_lines(path):
+        if line.strip():
+            yield Raw(parse_line(line, path, number), str(path), number)
+
+
+def _read_json(path: Path) -> Iterator[Raw]:
+    """A list of rows, or {"data": [...]}; a file of one object a line is read as the jsonl that it is. Lines are row numbers."""
+    if _is_jsonl(path):
+        yield from _read_jsonl(path)
+        return
+    text = "".join(line for _, line in _text_lines(path))
+    if not text.strip():
+        return
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise DataError(f"line {line} of {path} is not JSON: {getattr(error, 'msg', error)}", f"{path}:{line}", "Repair the file.") from error
+    rows = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise DataError(f'{path} is neither a list of rows nor {{"data": [...]}}', str(path), "Write a list of rows, or one row a line in a .jsonl.")
+    for number, fields in enumerate(rows, start=1):
+        yield Raw(_object(fields, str(path), number), str(path), number)
+
+
+def _is_jsonl(path: Path) -> bool:
+    """Whether the first line that is not blank is a whole row."""
+    for _, line in _text_lines(path):
+        if line.strip():
+            try:
+                first = json.loads(line)
+            except (ValueError, RecursionError):
+                return False
+            return isinstance(first, dict) and not isinstance(first.get("data"), list)
+    return False
+
+
+def _read_csv(path: Path) -> Iterator[Raw]:
+    csv.field_size_limit(2**31 - 1)  # a document in one cell is usual here
+    reader = csv.reader(line for _, line in _text_lines(path))
+    header: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"line {number} of {path} is not CSV: {error}", f"{path}:{number}") from error
+        if cells is None:
+            return
+        if header is None:
+            header = cells
+            if len(set(header)) < len(header):
+                raise DataError(f"{path} has two columns of one name", f"{path}:1", "Rename one: " + ", ".join(header))
+        elif cells:
+            if len(cells) != len(header):
+                raise DataError(f"line {number} of {path} has {len(cells)} cells, the header has {len(header)}", f"{path}:{number}", "Quote cells that hold commas or line breaks.")
+            yield Raw(dict(zip(header, cells, strict=True)), str(path), number)
+
+
+def _read_parquet(path: Path) -> Iterator[Raw]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} is not a whole parquet file", str(path), str(error).splitlines()[0]) from error
+    number = 0
+    with file:
+        for batch in file.iter_batches(batch_size=512):
+            for fields in batch.to_pylist():
+                number += 1
+                yield Raw(_plain(fields, str(path), number), str(path), number)
+
+
+def read_arrow(folder: Path, split: str) -> Iterator[Raw]:
+    """Rows of what ``datasets.save_to_disk`` wrote."""
+    import datasets
+
+    data = datasets.load_from_disk(str(folder))
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise DataError(f'{folder} has no split "{split}"', f"data.split={split}", nearest(split, data))
+        data = data[split]
+    yield from _rows_of_dataset(data, str(folder))
+
+
+def _rows_of_dataset(data: Any, name: str) -> Iterator[Raw]:
+    number = 0
+    for number, fields in enumerate(data, start=1):
+        yield Raw(_plain(fields, name, number), name, number)
+    if not number:
+        raise DataError(f"{name} holds no rows", name)
+
+
+def _plain(value: Any, file: str, number: int) -> Any:
+    """``value`` as JSON knows it."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item, file, number) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, file, number) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, date | time | Decimal):
+        return str(value)
+    raise DataError(f"row {number} of {file} holds a {type(value).__name__}, which is not text", f"{file}:{number}", "Leave such columns out.")
+
+
+# ---- the hub ----
+
+
+def _read_hub(path: str, split: str) -> Iterator[Raw]:
+    name, _, config = path.partition(":")
+    _refuse_without_hub(path)
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # whatever the hub's client raises, the user needs one line
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f'"{path}" cannot be loaded from the hub: {reason}', f"data.path={path} data.split={split}", "Check the name, or give a local file.") from error
+    yield from _rows_of_dataset(data, path)
+
+
+def _refuse_without_hub(path: str) -> None:
+    """Say at once that the hub is out of reach: its client would retry for minutes."""
+    why = ""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        why = "HF_HUB_OFFLINE is set"
+    else:
+        proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+        target = urlsplit(proxy or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+        host, port = target.hostname or "huggingface.co", target.port or (443 if target.scheme == "https" else 80)
+        if not _answers(host, port):
+            why = f"{host} does not answer"
+    if why:
+        todo = f"Give a local file or folder, or builtin:NAME. {_near_file(Path(path))}"
+        raise DataError(f'"{path}" is no file or folder here, and the hub is out of reach: {why}', f"data.path={path}", todo)
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether a connection succeeds in time; in a thread, because a dead name server ignores socket time-outs."""
+    answered: list[bool] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), HUB_WAIT).close()
+            answered.append(True)
+        except OSError:
+            answered.append(False)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(HUB_WAIT)
+    return answered == [True]

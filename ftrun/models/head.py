@@ -1,0 +1,197 @@
+"""The language-model head: logits from hidden states, and token losses without ever holding all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_BYTES = 64 * 2**20  # upper bound of the logits that exist at one time
+
+
+@dataclass(frozen=True)
+class Head:
+    """``logits = cap * tanh(scale * (hidden W' + bias) / cap)``; without a cap, ``scale * (hidden W' + bias)``.
+
+    A head that is not a plain linear layer (LoRA on it, quantised, an unknown formula) is ``forward`` instead:
+    a function from hidden states (n, width) to logits (n, vocabulary).
+    """
+
+    weight: Tensor | None  # (vocabulary, width)
+    bias: Tensor | None = None  # (vocabulary,)
+    scale: float = 1.0  # Cohere, Granite
+    cap: float | None = None  # Gemma
+    vocabulary: int = 0
+    forward: Callable[[Tensor], Tensor] | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states (..., width) -> (..., vocabulary)."""
+        if self.forward is not None:
+            flat = self.forward(hidden.reshape(-1, hidden.shape[-1]))
+            return flat.reshape(*hidden.shape[:-1], flat.shape[-1])
+        assert self.weight is not None
+        return _bend(F.linear(hidden, self.weight, self.bias), self.scale, self.cap)
+
+
+def token_nll(hidden: Tensor, head: Head, target_ids: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, (n,) float32, from hidden states (n, width) and target ids (n,).
+
+    At most ``LOGITS_BYTES`` of logits exist at a time, forward or backward.
+    """
+    if head.forward is not None:
+        return _module_nll(hidden, head, target_ids)
+    weight, bias = head.weight, head.bias
+    assert weight is not None
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.autocast(device, enabled=False):
+        trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if trains_head and torch.is_grad_enabled():
+            return _TrainedHeadNll.apply(hidden, weight, bias, target_ids, head.scale, head.cap)
+        wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
+        return _FrozenHeadNll.apply(hidden, weight, bias, target_ids, head.scale, head.cap, wants_gradient)
+
+
+class _FrozenHeadNll(torch.autograd.Function):
+    """The gradient of a token's loss is linear in its upstream factor, so the forward can finish it up to that factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        cap: float | None,
+        wants_gradient: bool,
+    ) -> Tensor:
+        nll = hidden.new_empty(len(hidden), dtype=_accurate(hidden.dtype))
+        unscaled = torch.empty_like(hidden) if wants_gradient else None
+        for rows in _chunks(len(hidden), len(weight), nll.element_size(), buffers=1 if cap is None else 2):
+            logits = _logits(hidden[rows], weight, bias, scale, cap)
+            probabilities, slope, nll[rows] = _softmax_(logits, targets[rows], cap, wants_slope=wants_gradient)
+            if unscaled is not None:
+                raw = _raw_gradient_(probabilities, targets[rows], slope)
+                unscaled[rows] = (raw.to(weight.dtype) @ weight) * scale
+        ctx.save_for_backward(unscaled)
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (unscaled,) = ctx.saved_tensors
+        return (unscaled * upstream.unsqueeze(1).to(unscaled.dtype), None, None, None, None, None, None)
+
+
+class _TrainedHeadNll(torch.autograd.Function):
+    """With a head that trains, the gradient of its weight mixes the tokens: logits are computed again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, cap: float | None
+    ) -> Tensor:
+        nll = hidden.new_empty(len(hidden), dtype=_accurate(hidden.dtype))
+        for rows in _chunks(len(hidden), len(weight), nll.element_size(), buffers=1):
+            logits = _logits(hidden[rows], weight, bias, scale, cap)
+            _, _, nll[rows] = _softmax_(logits, targets[rows], cap, wants_slope=False)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.scale, ctx.cap = scale, cap
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        accurate = _accurate(hidden.dtype)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=accurate) if needs_weight else None
+        d_bias = torch.zeros_like(bias, dtype=accurate) if needs_bias else None
+        for rows in _chunks(len(hidden), len(weight), upstream.element_size(), buffers=1 if ctx.cap is None else 2):
+            logits = _logits(hidden[rows], weight, bias, ctx.scale, ctx.cap)
+            probabilities, slope, _ = _softmax_(logits, targets[rows], ctx.cap, wants_slope=True)
+            raw = _raw_gradient_(probabilities, targets[rows], slope).mul_((upstream[rows] * ctx.scale).unsqueeze(1))
+            if d_bias is not None:
+                d_bias += raw.sum(0)
+            raw = raw.to(weight.dtype)
+            if d_hidden is not None:
+                d_hidden[rows] = raw @ weight
+            if d_weight is not None:
+                if d_weight.dtype == weight.dtype:
+                    d_weight.addmm_(raw.T, hidden[rows])
+                else:
+                    d_weight += raw.T @ hidden[rows]
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
+        return (d_hidden, d_weight, d_bias, None, None, None)
+
+
+def _module_nll(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """Through the model's own head: autograd inside each chunk, which is computed again in the backward."""
+
+    def nll(states: Tensor, ids: Tensor) -> Tensor:
+        logits = head.logits(states)
+        return F.cross_entropy(logits.to(_accurate(logits.dtype)), ids, reduction="none")
+
+    size = _accurate(hidden.dtype).itemsize
+    parts = [
+        checkpoint(nll, hidden[rows], targets[rows], use_reentrant=False)
+        if torch.is_grad_enabled()
+        else nll(hidden[rows], targets[rows])
+        for rows in _chunks(len(hidden), head.vocabulary, size, buffers=3)
+    ]
+    return torch.cat(parts) if parts else hidden.sum(-1).to(_accurate(hidden.dtype))
+
+
+def _chunks(count: int, vocabulary: int, element_size: int, buffers: int) -> list[slice]:
+    """Ranges of positions whose logits, ``buffers`` times over, stay within ``LOGITS_BYTES``."""
+    rows = max(1, LOGITS_BYTES // (max(1, vocabulary) * element_size * buffers))
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
+    """Logits of a chunk in a fresh buffer of at least float32."""
+    raw = hidden @ weight.T
+    raw = raw.to(_accurate(raw.dtype))
+    if bias is not None:
+        raw += bias
+    if scale != 1.0:
+        raw *= scale
+    return raw if cap is None else raw.div_(cap).tanh_().mul_(cap)
+
+
+def _softmax_(
+    logits: Tensor, targets: Tensor, cap: float | None, wants_slope: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Softmax in place of the logits, the slope of the cap at every logit, and the targets' nll."""
+    slope = 1 - (logits / cap).square_() if cap is not None and wants_slope else None
+    gold = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+    highest = logits.amax(1)
+    logits.sub_(highest.unsqueeze(1)).exp_()
+    total = logits.sum(1)
+    nll = total.log() + highest - gold
+    return logits.div_(total.unsqueeze(1)), slope, nll
+
+
+def _raw_gradient_(probabilities: Tensor, targets: Tensor, slope: Tensor | None) -> Tensor:
+    """(softmax - onehot), times the slope of the cap, in place: the nll's gradient by the scaled, uncapped logits."""
+    at = targets.unsqueeze(1)
+    probabilities.scatter_add_(1, at, torch.full_like(at, -1, dtype=probabilities.dtype))
+    return probabilities if slope is None else probabilities.mul_(slope)
+
+
+def _bend(raw: Tensor, scale: float, cap: float | None) -> Tensor:
+    scaled = raw if scale == 1.0 else raw * scale
+    return scaled if cap is None else torch.tanh(scaled / cap) * cap
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,40 @@
+"""LLM.int8(): eight-bit base weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftrun.quant.base import Quant
+from ftrun.quant.nf4 import freeze_for_training
+from ftrun.registry import register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@register("quant", "int8")
+@dataclass
+class Int8(Quant):
+    """LLM.int8() (Dettmers et al., 2022, arXiv:2208.07339).
+
+    Each row of a weight is divided by its largest magnitude and rounded to 8 bits. Inputs are quantised the same way,
+    except for feature columns with a magnitude above ``threshold``, which are multiplied in the model's dtype.
+    """
+
+    lacks: ClassVar[dict[str, str]] = {"trainable_base": "freezes them in 8 bits"}
+
+    threshold: float = 6.0  # features above this magnitude are not quantised; 0 quantises all
+
+    def load_arguments(self, dtype: torch.dtype) -> dict[str, Any]:
+        from transformers import BitsAndBytesConfig
+
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.threshold)}
+
+    def prepare(self, model: nn.Module, gradient_checkpointing: bool) -> nn.Module:
+        return freeze_for_training(model, gradient_checkpointing)
+
+    def bits(self) -> float:
+        """Eight; the one float32 of each row is not counted, since its share depends on the row's width."""
+        return 8.0

@@ -1,0 +1,104 @@
+"""What training did to every metric: before, after, and whether the change is good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "error", "bits_per", "ece", "brier", "latency", "mse", "mae")
+NOISE = 1.96  # standard errors that a change must exceed to be called one
+
+Verdict = Literal["better", "worse", "within noise", "same", ""]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value with its standard error (None: unknown) over n rows."""
+
+    value: float
+    stderr: float | None = None
+    n: int = 0
+
+    @classmethod
+    def read(cls, raw: Any) -> Measured | None:
+        """From an entry of results.json; null counts as NaN; anything without a value is None."""
+        if isinstance(raw, Mapping) and "value" in raw:
+            error = number(raw.get("stderr"))
+            return cls(number(raw["value"]), error if math.isfinite(error) else None, int(raw.get("n") or 0))
+        return None
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of one evaluator; either side may be missing."""
+
+    evaluator: str
+    metric: str
+    before: Measured | None
+    after: Measured | None
+    higher_is_better: bool
+
+    @property
+    def delta(self) -> float | None:
+        """After minus before; None when one of them is missing."""
+        return self.after.value - self.before.value if self.before and self.after else None
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of the change, both sides counted as independent; None when one is unknown."""
+        if not (self.before and self.after) or self.before.stderr is None or self.after.stderr is None:
+            return None
+        return math.hypot(self.before.stderr, self.after.stderr)
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.delta is None or not math.isfinite(self.delta):
+            return ""
+        if self.delta == 0:
+            return "same"
+        if self.stderr is not None and abs(self.delta) < NOISE * self.stderr:
+            return "within noise"
+        return "better" if (self.delta > 0) == self.higher_is_better else "worse"
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """All metrics of two results files, in the order of the later one."""
+    names = {
+        (evaluator, metric): None
+        for results in (after, before)
+        for evaluator in results
+        for metric in _metrics(results, evaluator)
+    }
+    made = []
+    for evaluator, metric in names:
+        old, new = (_metrics(results, evaluator).get(metric) for results in (before, after))
+        up = next(
+            (raw["higher_is_better"] for raw in (new, old) if isinstance(raw, Mapping) and "higher_is_better" in raw),
+            None,
+        )
+        sides = Measured.read(old), Measured.read(new)
+        if any(sides):
+            made.append(Change(evaluator, metric, *sides, higher_is_better(metric) if up is None else bool(up)))
+    return made
+
+
+def _metrics(results: Mapping[str, Any], evaluator: str) -> Mapping[str, Any]:
+    metrics = results.get(evaluator)
+    return metrics if isinstance(metrics, Mapping) else {}
+
+
+def higher_is_better(metric: str) -> bool:
+    """By the name, for results that do not say."""
+    return not any(word in metric.lower() for word in LOWER_IS_BETTER)
+
+
+def number(value: Any) -> float:
+    """A float of any JSON value; NaN when it is none."""
+    if isinstance(value, str | int | float):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            return math.nan
+    return math.nan

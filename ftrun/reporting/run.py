@@ -1,0 +1,143 @@
+"""A run folder read as far as it was written: a run that failed early has a report too."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow.parquet as parquet
+import yaml
+
+from ftrun.reporting.changes import Change, changes, number
+
+T = TypeVar("T")
+LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d {2}")
+
+
+@dataclass
+class Run:
+    """Contents of a run folder. What is absent is empty; what cannot be read is named in ``unreadable``."""
+
+    path: Path
+    unreadable: list[str] = field(default_factory=list)
+
+    @cached_property
+    def config_text(self) -> str:
+        return self._read("config.yaml", lambda file: file.read_text(encoding="utf-8"), "")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return self._read("config.yaml", lambda file: _mapping(yaml.safe_load(self.config_text)), {})
+
+    @cached_property
+    def lock(self) -> dict[str, Any]:
+        return self._json("lock.json")
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        return self._json("summary.json")
+
+    @cached_property
+    def changes(self) -> list[Change]:
+        return changes(self._json("eval/before.json"), self._json("eval/results.json"))
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl by step; of a step trained twice (after resuming) the later line counts."""
+        lines: dict[tuple[float, bool], dict[str, Any]] = {}
+        for line in self._jsonl("train/metrics.jsonl"):
+            step = number(line.get("step"))
+            if np.isfinite(step):
+                lines[step, "loss" in line] = lines.get((step, "loss" in line), {}) | line
+        return [line for _, line in sorted(lines.items(), key=lambda item: item[0])]
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of one key of the metrics, both (lines that have it,); NaN where it is not a number."""
+        pairs = [(number(line["step"]), number(line[key])) for line in self.metrics if key in line]
+        return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs])
+
+    @cached_property
+    def scores(self) -> dict[str, np.ndarray]:
+        """Columns of scores.parquet."""
+        return self._columns("selection/scores.parquet")
+
+    @cached_property
+    def selection(self) -> dict[str, Any]:
+        return self._json("selection/summary.json")
+
+    @cached_property
+    def rows(self) -> dict[int, dict[str, Any]]:
+        """Rows by id: the chosen ones, and those that the selection stage kept as examples of the others."""
+        found = [*self._jsonl("selection/examples.jsonl"), *self._jsonl("selection/selected.jsonl")]
+        return {int(number(row["id"])): row for row in found if np.isfinite(number(row.get("id")))}
+
+    @cached_property
+    def tokens(self) -> dict[str, np.ndarray]:
+        """Columns of tokens.parquet."""
+        return self._columns("selection/tokens.parquet")
+
+    def predictions(self, before: bool = False) -> dict[str, list[dict[str, Any]]]:
+        """Predictions of every evaluator, after training or before it."""
+        folder = Path("eval/predictions/before" if before else "eval/predictions")
+        files = sorted((self.path / folder).glob("*.jsonl"))
+        return {file.stem: self._jsonl(str(folder / file.name)) for file in files}
+
+    @cached_property
+    def log(self) -> list[str]:
+        """Messages of ftrun.log without their times."""
+        text = self._read("ftrun.log", lambda file: file.read_text(encoding="utf-8", errors="replace"), "")
+        return [LOG_LINE.sub("", line) for line in text.splitlines()]
+
+    @property
+    def warnings(self) -> list[str]:
+        return list(dict.fromkeys(line.removeprefix("warning: ") for line in self.log if line.startswith("warning: ")))
+
+    # reading
+
+    def _read(self, name: str, reader: Callable[[Path], T], empty: T) -> T:
+        file = self.path / name
+        if not file.is_file():
+            return empty
+        try:
+            return reader(file)
+        except (OSError, ValueError, yaml.YAMLError, KeyError) as error:
+            self._unreadable(f"{name}: {' '.join(str(error).split())[:200]}")
+            return empty
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return self._read(name, lambda file: _mapping(json.loads(file.read_text(encoding="utf-8"))), {})
+
+    def _jsonl(self, name: str) -> list[dict[str, Any]]:
+        return self._read(name, lambda file: list(self._lines(file, name)), [])
+
+    def _lines(self, file: Path, name: str) -> Iterator[dict[str, Any]]:
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for index, line in enumerate(lines, start=1):
+                try:
+                    if line.strip():
+                        yield _mapping(json.loads(line))
+                except ValueError:  # the last line of a run that was killed
+                    self._unreadable(f"{name}: line {index} is not whole")
+
+    def _columns(self, name: str) -> dict[str, np.ndarray]:
+        def read(file: Path) -> dict[str, np.ndarray]:
+            table = parquet.read_table(file)
+            return {column: table[column].to_numpy(zero_copy_only=False) for column in table.column_names}
+
+        return self._read(name, read, {})
+
+    def _unreadable(self, text: str) -> None:
+        if text not in self.unreadable:
+            self.unreadable.append(text)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"holds a {type(value).__name__}, not an object")
+    return value

@@ -1,0 +1,108 @@
+"""The processes of a run, as Accelerate sees them."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from ftrun.config.settings import LaunchConfig
+from ftrun.errors import ConfigError
+
+
+class Team:
+    """Rank, device and the few collectives that a run needs.
+
+    A stage may take hours on one rank while the others wait, so collectives do not time out by themselves; a process
+    that dies ends the others through the launcher.
+    """
+
+    def __init__(self, launch: LaunchConfig, trackers: list[str] | None = None, folder: str | None = None):
+        wanted = launch.processes * launch.nodes
+        on_cpu = launch.device == "cpu" or (launch.device == "auto" and not torch.cuda.is_available())
+        if launch.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("launch.device=cuda, but no GPU is visible", todo="Use launch.device=auto, and see `ftrun doctor`.")
+        if on_cpu:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        torch.set_num_threads(launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.processes))
+        patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience], log_with=trackers or None, project_dir=folder)
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        if self.world_size != wanted:
+            raise ConfigError(
+                f"{wanted} processes were asked for, {self.world_size} came up",
+                f"launch.processes={launch.processes} launch.nodes={launch.nodes}",
+                "Start ftrun without a launcher of your own, or set launch.processes to what it starts on each machine.",
+            )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather_object(self, value: Any) -> list[Any]:
+        """The value of every process, in rank order, on every process."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def broadcast_(self, tensors: list[torch.Tensor]) -> None:
+        """Overwrite with the values of process 0."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.data, src=0)
+
+    def sum_gradients(self, parameters: list[torch.nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
+        """Add up the gradients of all processes in place; a parameter without a gradient anywhere stays without one."""
+        if self.world_size == 1:
+            return
+        have = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        used = [p for p, count in zip(parameters, self.sum(have).tolist(), strict=True) if count > 0]
+        bucket: list[torch.nn.Parameter] = []
+        size = 0
+        for parameter in used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter)
+            size += parameter.grad.numel() * parameter.grad.element_size()
+            if size >= bucket_bytes:
+                _sum_bucket(bucket)
+                bucket, size = [], 0
+        if bucket:
+            _sum_bucket(bucket)
+
+    def close(self) -> None:
+        self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _sum_bucket(parameters: list[torch.nn.Parameter]) -> None:
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        assert parameter.grad is not None
+        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        at = 0
+        for gradient in gradients:
+            gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
+            at += gradient.numel()

@@ -1,0 +1,290 @@
+"""The training loop.
+
+One optimiser step: the rows of the step are dealt to the processes, each cuts its share into micro-batches, the loss of
+every micro-batch is divided by what the whole step counts on all processes, gradients are added up, clipped and applied.
+So the result depends neither on the number of processes nor on how a step is cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ftrun.adapters.base import Adapter
+from ftrun.artifacts import strict
+from ftrun.context import Context
+from ftrun.data.batches import Batch, Plan, micro_batches
+from ftrun.data.tokens import TokenTable
+from ftrun.errors import ComponentError, DataError
+from ftrun.models.bundle import Bundle
+from ftrun.objectives.base import Objective
+from ftrun.schedules.base import Schedule
+from ftrun.tokens.base import TokenPolicy
+from ftrun.training import checkpoint, memory
+from ftrun.training.checkpoint import Progress
+from ftrun.training.signals import StopSignals
+from ftrun.training.view import StepView
+
+Reference = Callable[[], AbstractContextManager[nn.Module]]
+
+
+@dataclass
+class Trainer:
+    """One run of the loop. ``reference`` yields the untrained model, for objectives that compare with it."""
+
+    ctx: Context
+    bundle: Bundle
+    table: TokenTable
+    adapter: Adapter
+    objective: Objective
+    tokens: TokenPolicy
+    optimizer: Optimizer
+    schedule: Schedule
+    parameters: dict[str, nn.Parameter]  # everything that may train, by name
+    evaluate: Callable[[], float] | None  # held-out loss
+    reference: Reference | None = None
+    identity: str = ""
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.settings = self.ctx.settings.train
+        self.team = self.ctx.team
+        self.plan = Plan.of(len(self.table), self.settings.batch_size, self.settings.epochs, self.settings.max_steps, self.ctx.seed)
+        self.folder = self.ctx.out / "train"
+        self.progress.data, self.progress.identity = self.table.fingerprint(), self.identity
+        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
+        if not self.table.trained_counts().any() and self.objective.kind != "labels":
+            raise DataError("there is nothing to train on: no token of any row carries loss", todo="Look at the rows with `ftrun preview`.")
+        if self.settings.batch_size < self.team.world_size:
+            raise DataError(f"{self.team.world_size} processes cannot share a step of {self.settings.batch_size} rows", todo="Raise train.batch_size.")
+
+    # ---- the whole run ----
+
+    def run(self, signals: StopSignals, resume: Path | None = None) -> Progress:
+        """Train to the last step, saving and evaluating on the way.
+
+        Raises Interrupted or Preempted after saving when somebody asked to stop, ComponentError when the loss is no number.
+        """
+        if resume:
+            self._restore(resume)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._metrics_file() as metrics, self.ctx.report.task("train", self.plan.steps, unit="step") as bar:
+            bar.advance(self.progress.step)
+            signals.defer(True)
+            while self.progress.step < self.plan.steps:
+                facts = self._step(self.progress.step)
+                self._log(facts, metrics, bar)
+                stop = self._anyone_asked_to_stop(signals)
+                self._save_and_evaluate(metrics, force=stop)
+                if stop:
+                    break
+            signals.defer(False)
+        if self.progress.trained_tokens == 0 and self.objective.kind != "labels":
+            raise DataError("the run trained on nothing: every step's tokens had weight 0", todo="Look at the token weights with `ftrun preview`.")
+        return self.progress
+
+    def _step(self, step: int) -> dict[str, float]:
+        started = time.perf_counter()
+        torch.manual_seed(int(np.random.SeedSequence([self.ctx.seed, step, self.team.rank]).generate_state(1)[0]))
+        self.adapter.before_step(step)
+        self.bundle.model.train()
+        batches = self._my_batches(step)
+        local = [sum(self.objective.count(b) for b in batches), sum(b.tokens for b in batches), sum(b.trained_tokens for b in batches)]
+        count, tokens, trained = self.team.sum(torch.tensor(local, dtype=torch.float64, device=self.team.device)).tolist()
+        with memory.memory_guard(f"training step {step + 1}", self._advice()):
+            sums = self._backward(batches, max(count, 1.0))
+            self.team.sum_gradients(list(self.parameters.values()))
+        names = sorted(sums)
+        totals = self.team.sum(torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.team.device)).tolist()
+        facts = {name: value / max(count, 1.0) for name, value in zip(names, totals, strict=True)}
+        norm = self._clip()
+        if not (math.isfinite(facts["loss"]) and math.isfinite(norm)):
+            self._not_a_number(step, facts["loss"], norm)
+        rate = self._set_rates(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.adapter.after_step(step)
+        self.progress.step = step + 1
+        self.progress.tokens += int(tokens)
+        self.progress.trained_tokens += int(trained)
+        self.progress.last_loss = facts["loss"]
+        seconds = time.perf_counter() - started
+        head = {"step": step + 1, "tokens": self.progress.tokens, "loss": facts.pop("loss"), "lr": rate, "grad_norm": norm}
+        return head | {"tokens_per_s": tokens / seconds, "memory_bytes": memory.current_bytes(), **facts}
+
+    def _backward(self, batches: list[Batch], count: float) -> dict[str, float]:
+        """Forward and backward of all micro-batches; sums of the loss and its parts on this process."""
+        views = self._views(batches)
+        statistics = self._statistics(views) if self.tokens.whole_step else None
+        sums: dict[str, float] = {"loss": 0.0}
+        while views:
+            view = views.pop(0)  # its graph is freed with it
+            if self.tokens.dynamic:
+                view.step_statistics = statistics
+                _ = view.token_nll  # made with its graph, before gradients are switched off
+                with torch.no_grad():
+                    view.factors = self.tokens.weigh(view)
+            loss = self.objective.loss(view)
+            (loss.value / count).backward()
+            for name, part in {"loss": loss.value, **loss.parts}.items():
+                sums[name] = sums.get(name, 0.0) + float(part.detach())
+        return sums
+
+    def _views(self, batches: list[Batch]) -> list[StepView]:
+        return [StepView(self.bundle.model, self.bundle.architecture, batch, self.reference) for batch in batches]
+
+    def _statistics(self, views: list[StepView]) -> Tensor:
+        """What the token policy wants to know of the whole step, from every micro-batch of every process.
+
+        One micro-batch keeps its graph for the loss; with more, an extra pass without gradient comes first.
+        """
+        if len(views) == 1:
+            parts = [self.tokens.statistic(views[0]).detach()]
+        else:
+            with torch.no_grad():
+                parts = [self.tokens.statistic(view) for view in self._views([view.batch for view in views])]
+        mine = torch.cat(parts).cpu() if parts else torch.zeros(0)
+        return torch.cat(self.team.gather_object(mine)).to(self.team.device)
+
+    # ---- pieces of a step ----
+
+    def _my_batches(self, step: int) -> list[Batch]:
+        rows = deal(self.plan.step(step), self._row_lengths, self.team.world_size)[self.team.rank]
+        if len(rows) == 0:
+            return []
+        cut = micro_batches(self.table, rows, self.settings.batch_tokens, self.settings.packing, self.bundle.pad_id)
+        return [batch.to(self.team.device) for batch in cut]
+
+    @property
+    def _row_lengths(self) -> np.ndarray:
+        if not hasattr(self, "_lengths"):
+            self._lengths = np.asarray(self.table.lengths).reshape(len(self.table), -1).sum(axis=1)
+        return self._lengths
+
+    def _clip(self) -> float:
+        bound = self.settings.max_grad_norm
+        have = [p for p in self.parameters.values() if p.grad is not None]
+        return float(nn.utils.clip_grad_norm_(have, bound if bound is not None else math.inf))
+
+    def _set_rates(self, step: int) -> float:
+        factor = self.schedule.factor(step, self.plan.steps)
+        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
+            group["lr"] = peak * factor
+        return self.peak_rates[0] * factor
+
+    def _not_a_number(self, step: int, loss: float, norm: float) -> None:
+        rows = [int(self.table.record[row * self.table.sequences_per_row]) for row in self.plan.step(step)]
+        raise ComponentError(
+            f"the {'loss' if not math.isfinite(loss) else 'gradient norm'} is not a number at step {step + 1} (loss {loss:g}, gradient norm {norm:g})",
+            f"rows {', '.join(map(str, rows[:16]))}{' ...' if len(rows) > 16 else ''}",
+            "Lower optim.learning_rate, raise schedule.warmup, or look at these rows with `ftrun preview`. The last checkpoint is untouched.",
+        )
+
+    def _advice(self) -> str:
+        half = max(1, self.settings.batch_tokens // 2)
+        return f"Try train.batch_tokens={half}, train.gradient_checkpointing=true, a shorter data.max_length, or quant=nf4 with an adapter."
+
+    # ---- around the steps ----
+
+    def _anyone_asked_to_stop(self, signals: StopSignals) -> bool:
+        asked = torch.tensor([float(signals.asked is not None)], device=self.team.device)
+        return bool(self.team.sum(asked).item() > 0)
+
+    def _save_and_evaluate(self, metrics: TextIO | None, force: bool) -> None:
+        step, last = self.progress.step, self.progress.step == self.plan.steps
+        if self.evaluate and self.settings.eval_steps and (step % self.settings.eval_steps == 0 or last):
+            loss = self.evaluate()
+            if self.progress.best_loss is None or loss < self.progress.best_loss:
+                self.progress.best_loss, self.progress.best_step = loss, step
+            self._write({"step": step, "eval_loss": loss}, metrics)
+        if force or last or (self.settings.save_steps and step % self.settings.save_steps == 0):
+            if self.team.is_main:
+                checkpoint.save(self.folder / "checkpoints", self.progress, self.parameters, self.optimizer, self.adapter)
+                spare = self.progress.best_step if self.settings.load_best else None
+                checkpoint.prune(self.folder / "checkpoints", self.settings.keep_checkpoints, spare)
+            self.team.barrier()
+
+    def load_best(self) -> None:
+        """Put the weights of the lowest held-out loss back."""
+        step = self.progress.best_step
+        if step and step != self.progress.step:
+            path = self.folder / "checkpoints" / f"step-{step:06d}"
+            checkpoint.load(path, self.parameters, self.optimizer, self.adapter)
+            self.ctx.report.note(f"best held-out loss was at step {step}: its weights are kept")
+
+    def _restore(self, path: Path) -> None:
+        here = (self.progress.data, self.progress.identity)
+        self.progress = checkpoint.load(path, self.parameters, self.optimizer, self.adapter)
+        if self.progress.data != here[0]:
+            raise DataError("the data is not what the run was started with", str(path), "Resume with the same rows, tokenizer and template, or start a new run.")
+        self.progress.identity = here[1]
+
+    def _metrics_file(self) -> AbstractContextManager[TextIO | None]:
+        """metrics.jsonl, cut back to the step that a resumed run starts from."""
+        if not self.team.is_main:
+            return contextlib.nullcontext()
+        path = self.folder / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.progress.step]
+        path.write_text("".join(line + "\n" for line in kept))
+        return path.open("a")
+
+    def _log(self, facts: dict[str, float], metrics: TextIO | None, bar: Any) -> None:
+        bar.advance(1, loss=facts["loss"], tokens_per_s=facts["tokens_per_s"], memory_bytes=facts["memory_bytes"])
+        if self.progress.step % self.settings.log_steps == 0 or self.progress.step == self.plan.steps:
+            self._write(facts, metrics)
+
+    def _write(self, facts: dict[str, float], metrics: TextIO | None) -> None:
+        if metrics:
+            metrics.write(json.dumps(strict(facts)) + "\n")
+            metrics.flush()
+        if self.settings.trackers:
+            self.team.accelerator.log({key: value for key, value in facts.items() if key != "step"}, step=int(facts["step"]))
+
+
+def deal(rows: np.ndarray, lengths: np.ndarray, processes: int) -> list[np.ndarray]:
+    """Rows of a step shared out so that every process gets about as many tokens: longest first, always to the lightest.
+
+    Ties go to the lower process, so all processes agree without talking.
+    """
+    if processes == 1:
+        return [rows]
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    loads: list[tuple[int, int]] = [(0, rank) for rank in range(processes)]
+    for row in rows[np.argsort(-lengths[rows], kind="stable")]:
+        load, rank = min(loads)
+        shares[rank].append(int(row))
+        loads[loads.index((load, rank))] = (load + int(lengths[row]), rank)
+    return [np.array(share, dtype=np.int64) for share in shares]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf  # a line that a kill cut short
+
+
+@contextlib.contextmanager
+def switched_off(adapter: Adapter, model: nn.Module) -> Iterator[nn.Module]:
+    """The model as it was before training, by switching the adapter off; dropout is off too."""
+    context = adapter.disabled(model)
+    assert context is not None
+    training = model.training
+    model.eval()
+    with context:
+        yield model
+    model.train(training)

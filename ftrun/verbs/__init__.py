@@ -1,0 +1,87 @@
+"""Verbs: what a checked config is used for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftrun import errors
+from ftrun.errors import ConfigError, FtrunError, nearest
+
+if TYPE_CHECKING:
+    from ftrun.config.compose import Composed
+
+CHAIN_VERBS = ("train", "select")
+
+
+def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool = False) -> dict[str, Any] | None:
+    """Carry out ``verb``. Raises FtrunError."""
+    if verb in CHAIN_VERBS:
+        return _run_chain(verb, composed, list(overrides))
+    if verb == "show":
+        from ftrun.reporting.catalogue import print_show
+
+        return print_show(composed, list(overrides))
+    if verb == "preview":
+        from ftrun.verbs.preview import preview
+
+        return preview(composed, html)
+    if verb == "plan":
+        from ftrun.verbs.plan import plan
+
+        return plan(composed)
+    if verb == "eval":
+        from ftrun.verbs.evaluate import evaluate
+
+        return evaluate(composed, list(overrides))
+    if verb == "merge":
+        from ftrun.verbs.merge import merge
+
+        return merge(composed)
+    if verb == "generate":
+        from ftrun.verbs.generate import generate
+
+        return generate(composed)
+    raise ConfigError(f'there is no verb "{verb}"', todo=nearest(verb, (*CHAIN_VERBS, "show", "preview", "plan", "eval", "merge", "generate")))
+
+
+def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str, Any]:
+    from ftrun.training import launch
+
+    settings = composed.settings
+    if settings.recipe is None and settings.choice("select") == "none" and verb == "select":
+        raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
+    if settings.recipe is None and verb == "train":
+        raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
+    if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
+        return _run_processes(verb, composed, overrides)
+    from ftrun.chain import run
+
+    return run(composed, verb, ["ftrun", verb, *overrides])
+
+
+def _run_processes(verb: str, composed: Composed, overrides: list[str]) -> dict[str, Any]:
+    """Start the processes with the same overrides and one run folder, and hand their outcome on."""
+    from ftrun.artifacts import new_run_folder
+    from ftrun.training import launch
+
+    settings = composed.settings
+    out = settings.resume or settings.out or str(new_run_folder(settings.recipe, settings.as_dict()))
+    words = [word for word in overrides if not word.startswith("out=")]
+    pinned = words if settings.resume else [*words, f"out='{out}'"]
+    code = launch.spawn(["-m", "ftrun", verb, *pinned], settings.launch)
+    file = Path(out) / "summary.json"
+    summary: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if code:
+        error = error_class(code)(summary.get("error", {}).get("message", f"a process ended with exit code {code}"))
+        error.reported = True  # by the process that it happened in
+        raise error
+    return summary
+
+
+def error_class(code: int) -> type[FtrunError]:
+    """The error that an exit code stands for."""
+    kinds: list[type[FtrunError]] = [errors.ConfigError, errors.DataError, errors.ResourceError, errors.Interrupted, errors.Preempted]
+    return next((kind for kind in kinds if kind.exit_code == code), errors.ComponentError)

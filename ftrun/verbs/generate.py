@@ -1,0 +1,53 @@
+"""``ftrun generate``: try a model, with the template that it was trained with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import TextStreamer
+
+from ftrun.config.compose import Composed
+from ftrun.config.saved import load_settings
+from ftrun.data.records import Message, Record
+from ftrun.data.render import apply_template, prompt_ids
+from ftrun.errors import ConfigError
+from ftrun.evaluation.generation import stop_ids
+from ftrun.models.load import load_bundle
+from ftrun.verbs.trained import load_trained, plain_context
+
+
+def generate(composed: Composed) -> dict[str, Any]:
+    """Answer ``prompt`` with a run's model, or with ``model.path``; the answer streams to standard output."""
+    import torch
+
+    asked = composed.settings
+    if not asked.prompt:
+        raise ConfigError("what shall it answer?", todo='Give prompt="..."')
+    if asked.run:
+        run, settings = load_settings(asked.run)
+        ctx = plain_context(settings, run)
+        bundle = load_trained(run, settings, ctx)
+    else:
+        ctx = plain_context(asked, Path("."))
+        bundle = load_bundle(asked.model, task="causal", quant=asked.component("quant"), device=ctx.team.device)
+        apply_template(bundle.tokenizer, asked.model.template)
+        settings = asked
+    system = (Message("system", settings.data.system),) if settings.data.system else ()
+    record = Record(id=0, kind="prompts", messages=(*system, Message("user", asked.prompt)))
+    ids = torch.tensor([prompt_ids(record, bundle.tokenizer)], device=bundle.device)
+    model: Any = bundle.model.eval()
+    streamer: Any = TextStreamer(bundle.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=256,
+            do_sample=False,
+            eos_token_id=stop_ids(bundle.tokenizer),
+            pad_token_id=bundle.pad_id,
+            streamer=streamer,
+        )
+    sys.stdout.flush()
+    return {"text": bundle.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)}

@@ -1,0 +1,35 @@
+"""``ftrun merge``: fold what was trained into plain weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from ftrun.artifacts import whole_folder
+from ftrun.config.compose import Composed
+from ftrun.config.saved import load_settings
+from ftrun.config.settings import Settings
+from ftrun.verbs.trained import load_trained, plain_context
+
+
+def merge(composed: Composed) -> dict[str, Any]:
+    """Write ``model/`` of a run: a folder that transformers loads without ftrun or peft."""
+    run, settings = load_settings(composed.settings.run)
+    settings.launch = composed.settings.launch
+    folder = merge_run(run, settings)
+    print(folder)
+    return {"model": str(folder)}
+
+
+def merge_run(run: Path, settings: Settings) -> Path:
+    """Merge into the full-precision base: merging into 4 bits would round what was learnt."""
+    if (run / "model").is_dir():
+        return run / "model"
+    ctx = plain_context(copy.deepcopy(settings), run)
+    bundle = load_trained(run, settings, ctx, full_precision=True)
+    merged: Any = settings.component("adapter").merge(bundle.model)
+    with whole_folder(run / "model") as folder:
+        merged.save_pretrained(folder)
+        bundle.tokenizer.save_pretrained(folder)
+    return run / "model"
