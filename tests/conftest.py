@@ -75,3 +75,63 @@ def rows_file(rows, tmp_path) -> Path:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Stage outputs and tokenised data of tests stay apart from the user's; converted models are shared."""
+    from ftrun.context import cache_dir
+
+    models = cache_dir() / "models"
+    cache = tmp_path_factory.mktemp("cache")
+    models.mkdir(parents=True, exist_ok=True)
+    (cache / "models").symlink_to(models)
+    monkeypatch.setenv("FTRUN_CACHE", str(cache))
+    monkeypatch.delenv("FTRUN_DEBUG", raising=False)
+
+
+def write_rows(file: Path, rows: list[dict]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def pairs_file(tmp_path) -> Path:
+    rows = [{"prompt": f"what is {i} plus 1", "chosen": f"answers: {i + 1}", "rejected": "the lazy dog " * (1 + i % 3)} for i in range(16)]
+    return write_rows(tmp_path / "pairs.jsonl", rows)
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    return write_rows(tmp_path / "text.jsonl", [{"text": f"the quick brown fox {i} jumps over " + "a dog and " * (i % 5)} for i in range(16)])
+
+
+@pytest.fixture
+def labels_file(tmp_path) -> Path:
+    rows = [{"text": f"the dog answers {'yes' if i % 2 else 'no'} {i}", "label": "good" if i % 2 else "bad"} for i in range(24)]
+    return write_rows(tmp_path / "labels.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder_dir(tmp_path_factory) -> Path:
+    """A folder with a random 2-layer BERT encoder and a word tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "answers", *dict.fromkeys(WORDS)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=128
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=128
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder

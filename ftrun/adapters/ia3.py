@@ -25,7 +25,9 @@ class Ia3(PeftAdapter):
     linears give ``W (l * x)``. A few thousand numbers train; they want a learning rate near 3e-3.
     """
 
-    target_modules: list[str] | str | None = None  # linears to scale; null: keys, values and the last feed-forward linear
+    target_modules: list[str] | str | None = (
+        None  # linears to scale; null: keys, values and the last feed-forward linear
+    )
     feedforward_modules: list[str] | str | None = None  # the targets that are scaled at their input
     exclude_modules: list[str] | str | None = None  # linears to leave alone
     modules_to_save: list[str] | None = None  # other modules that train whole and are saved

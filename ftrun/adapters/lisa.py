@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ftrun.adapters.active_set import ActiveSet
 from ftrun.errors import ConfigError
@@ -30,7 +30,9 @@ class Lisa(ActiveSet):
 
     layers: int = 2  # decoder layers that train at a time (gamma)
     interval: int = 20  # optimiser steps between two draws (K)
-    state: Literal["drop", "keep", "offload", "reset_all"] = "drop"  # Adam state: drop, keep or move to the CPU that of sleeping layers; reset_all restarts all of it
+    state: Literal["drop", "keep", "offload", "reset_all"] = (
+        "drop"  # Adam state: drop, keep or move to the CPU that of sleeping layers; reset_all restarts all of it
+    )
     train_embeddings: bool = True  # train embeddings and head; most of the memory of a large vocabulary
 
     def check(self, settings: Settings) -> None:
@@ -41,13 +43,16 @@ class Lisa(ActiveSet):
     def attach(self, model: nn.Module, ctx: Context) -> nn.Module:
         super().attach(model, ctx)
         if not self.train_embeddings:
-            for module in outside_embeddings(model):
-                module.requires_grad_(False)
+            assert ctx.bundle is not None
+            parts = ctx.bundle.architecture
+            for name in (*parts.embeddings, parts.head_name):
+                if name is not None:
+                    model.get_submodule(name).requires_grad_(False)
         return model
 
     def blocks(self, model: nn.Module, ctx: Context) -> list[list[nn.Parameter]]:
         assert ctx.bundle is not None
-        found = [list(layer.parameters()) for layer in ctx.bundle.architecture.layers]
+        found = [list(layer.parameters()) for layer in ctx.bundle.architecture.layers(model)]
         if self.layers > len(found):
             raise ConfigError(
                 f"LISA cannot draw {self.layers} of {len(found)} decoder layers",
@@ -58,12 +63,3 @@ class Lisa(ActiveSet):
 
     def draw(self, switch: int, blocks: int, generator: np.random.Generator) -> Iterable[int]:
         return generator.choice(blocks, size=self.layers, replace=False).tolist()
-
-
-def outside_embeddings(model: Any) -> list[nn.Module]:
-    """Input embeddings (positions included) and the head."""
-    from torch import nn
-
-    head = model.get_output_embeddings()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    return tables + ([head] if head is not None else [])

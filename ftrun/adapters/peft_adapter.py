@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ftrun.context import Context
 
-KINDS = ("attention", "mlp")
+KINDS = ("attention", "mlp", "q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass
@@ -78,7 +78,9 @@ class PeftAdapter(Adapter):
         try:
             return model.merge_and_unload(safe_merge=True)
         except (ValueError, RuntimeError, NotImplementedError) as error:
-            raise ComponentError(f"peft cannot merge this adapter: {error}", todo="Load adapter/ with peft instead.") from error
+            raise ComponentError(
+                f"peft cannot merge this adapter: {error}", todo="Load adapter/ with peft instead."
+            ) from error
 
 
 def is_quantised(model: Any) -> bool:
@@ -97,7 +99,7 @@ def task_type(ctx: Context) -> str:
 
 
 def resolve_targets(targets: list[str] | str | None, ctx: Context) -> list[str] | str | None:
-    """peft's ``target_modules``, with the kinds "attention" and "mlp" spelt out for this architecture.
+    """peft's ``target_modules``, with kinds of linears (attention, mlp, q, v ...) spelt out for this architecture.
 
     Names are given relative to their decoder layer, since peft skips ``layers_to_transform`` for full names.
     """
@@ -127,4 +129,6 @@ def user_errors(adapter: Adapter) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         name = adapter.name  # type: ignore[attr-defined]
-        raise ConfigError(str(error).split("\n")[0], f"adapter={name}", f"Run: ftrun show --slot adapter {name}") from error
+        raise ConfigError(
+            str(error).split("\n")[0], f"adapter={name}", f"Run: ftrun show --slot adapter {name}"
+        ) from error

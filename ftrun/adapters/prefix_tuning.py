@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ftrun.adapters.peft_adapter import PeftAdapter, task_type
 from ftrun.errors import ConfigError
@@ -14,7 +11,6 @@ from ftrun.registry import register
 
 if TYPE_CHECKING:
     from peft import PrefixTuningConfig
-    from torch import nn
 
     from ftrun.config.settings import Settings
     from ftrun.context import Context
@@ -40,9 +36,15 @@ class PrefixTuning(PeftAdapter):
         if self.num_virtual_tokens < 1:
             raise ConfigError("adapter.num_virtual_tokens must be 1 or more", f"it is {self.num_virtual_tokens}")
         if self.encoder_hidden_size is not None and not self.prefix_projection:
-            raise ConfigError("adapter.encoder_hidden_size has no effect", "adapter=prefix_tuning", "Add adapter.prefix_projection=true.")
+            raise ConfigError(
+                "adapter.encoder_hidden_size has no effect",
+                "adapter=prefix_tuning",
+                "Add adapter.prefix_projection=true.",
+            )
         if settings.task == "classify":
-            raise ConfigError("adapter=prefix_tuning works on causal language models only", "task=classify", "Use adapter=lora.")
+            raise ConfigError(
+                "adapter=prefix_tuning works on causal language models only", "task=classify", "Use adapter=lora."
+            )
         if settings.train.gradient_checkpointing:
             raise ConfigError(
                 "adapter=prefix_tuning feeds its prefix through the key-value cache, which gradient checkpointing cannot recompute",
@@ -62,7 +64,7 @@ class PrefixTuning(PeftAdapter):
         width = self.encoder_hidden_size
         if self.prefix_projection and width is None:
             assert ctx.bundle is not None
-            width = ctx.bundle.model.config.hidden_size  # type: ignore[union-attr]
+            width = ctx.bundle.architecture.width
         return PrefixTuningConfig(
             task_type=task_type(ctx),
             num_virtual_tokens=self.num_virtual_tokens,
@@ -70,45 +72,3 @@ class PrefixTuning(PeftAdapter):
             encoder_hidden_size=width,  # type: ignore[arg-type]
             init_weights="zero" if self.init_weights == "zero" else None,
         )
-
-    def after_wrap(self, model: nn.Module, ctx: Context) -> None:
-        self._hook(model)
-
-    def load(self, model: nn.Module, folder: Path) -> nn.Module:
-        loaded = super().load(model, folder)
-        self._hook(loaded)
-        return loaded
-
-    def disabled(self, model: nn.Module) -> AbstractContextManager[None]:
-        return self._switched_off(model)
-
-    @contextmanager
-    def _switched_off(self, model: Any) -> Iterator[None]:
-        self._off = True
-        try:
-            with model.disable_adapter():
-                yield
-        finally:
-            self._off = False
-
-    def _hook(self, model: Any) -> None:
-        """Give the prefix to the decoder also where it is called directly, without peft's own forward."""
-        import torch
-
-        self._off = False
-        length = self.num_virtual_tokens
-
-        def add_prefix(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            if self._off or kwargs.get("past_key_values") is not None:
-                return None  # peft's forward, or a later step of generation: the prefix is there already
-            tokens = args[0] if args else kwargs.get("input_ids")
-            rows = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[0]
-            added: dict[str, Any] = {"past_key_values": model.get_prompt(batch_size=rows)}
-            if kwargs.get("position_ids") is not None:
-                added["position_ids"] = kwargs["position_ids"] + length
-            mask = kwargs.get("attention_mask")
-            if mask is not None:
-                added["attention_mask"] = torch.cat([mask.new_ones(rows, length), mask], dim=1)
-            return args, kwargs | added
-
-        model.get_base_model().base_model.register_forward_pre_hook(add_prefix, with_kwargs=True)

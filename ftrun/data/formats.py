@@ -34,19 +34,20 @@ class Layout:
     format: str
     columns: dict[str, str] = field(default_factory=dict)  # our name -> the source's name
     system: str | None = None  # system prompt of conversations that have none
+    forced: bool = False  # the user named the format: other keys do not matter
 
     @property
     def kind(self) -> Kind:
         return KINDS.get(self.format, "sft")
 
     def record(self, id: int, fields: dict[str, Any], where: str) -> Record:
-        """The row as a Record; ``where`` is its origin. Raises DataError naming it."""
+        """The row as a Record, without the default system prompt. Raises DataError naming its origin ``where``."""
         view = renamed(fields, self.columns)
         try:
             self._check_keys(view)
             return replace(READERS[self.format](view), id=id, fields=fields)
         except _Unfit as error:
-            raise DataError(f"row {id} {error.what}", where, error.todo) from None
+            raise DataError(f"row {id} of {where.rpartition(':')[0]} {error.what}", where, error.todo) from None
 
     def with_system(self, record: Record) -> Record:
         """The record with the system prompt in front, if it is a conversation without one."""
@@ -56,17 +57,16 @@ class Layout:
         return replace(record, messages=(Message("system", self.system), *record.messages))
 
     def _check_keys(self, view: dict[str, Any]) -> None:
-        if any(keys <= view.keys() for keys in LAYOUTS[self.format]):
-            if (found := recognise(view)) in (self.format, None) or self.columns:
-                return
-            if LAYOUTS[self.format][0] < LAYOUTS[found or ""][0] or list(LAYOUTS).index(found or "") < list(LAYOUTS).index(self.format):
-                raise _mixed(found, self.format)
+        found = recognise(view)
+        if found == self.format or (self.forced and any(keys <= view.keys() for keys in LAYOUTS[self.format])):
             return
-        other = recognise(view)
-        if other is not None:
-            raise _mixed(other, self.format)
-        lacking = sorted(min((keys - view.keys() for keys in LAYOUTS[self.format]), key=len))
-        raise _Unfit(f"has no {' and no '.join(lacking)}, which the format {self.format} needs", "Complete or remove the row, or name columns with data.columns.")
+        if found is not None and not self.forced:
+            raise _Unfit(
+                f"is {found}, but the rows before it are {self.format}",
+                "One source holds one format: split the file, or bring its rows into one layout.",
+            )
+        lacking = " and no ".join(sorted(min((keys - view.keys() for keys in LAYOUTS[self.format]), key=len)))
+        raise _Unfit(f"has no {lacking}, which the format {self.format} needs", "Complete or remove the row, or name columns with data.columns.")
 
 
 class _Unfit(Exception):
@@ -75,10 +75,6 @@ class _Unfit(Exception):
     def __init__(self, what: str, todo: str = "Repair or remove the row."):
         super().__init__(what)
         self.what, self.todo = what, todo
-
-
-def _mixed(found: str | None, expected: str) -> _Unfit:
-    return _Unfit(f"is {found}, but the rows before it are {expected}", "One source holds one format: split the file, or bring its rows into one layout.")
 
 
 def renamed(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
@@ -102,7 +98,7 @@ def layout_of(first: dict[str, Any], where: str, setting: str, columns: dict[str
         if theirs not in first:
             raise ConfigError(f'data.columns names a column "{theirs}" that the rows do not have', where, nearest(theirs, first))
     if setting != "auto":
-        return Layout(setting, columns, system)
+        return Layout(setting, columns, system, forced=True)
     view = renamed(first, columns)
     found = recognise(view)
     if found is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
-Kind = Literal["sft", "text", "pairs", "prompts", "labels"]
+Kind = Literal["sft", "text", "pairs", "binary", "prompts", "labels"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Record:
     """A row of a pool.
 
     ``kind`` says which fields hold something: sft: messages, ending with an assistant turn; text: text;
-    pairs: messages (the prompt) and chosen, rejected; prompts: messages and answer; labels: text (and text_pair), label.
+    pairs: messages (the prompt) and chosen, rejected; binary: messages as in sft and label, 1 wanted or 0 unwanted; prompts: messages and answer; labels: text (and text_pair), label.
     """
 
     id: int  # row number in the pool, from 0

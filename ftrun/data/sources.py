@@ -28,11 +28,13 @@ HUB_WAIT = 3.0  # seconds for the hub's host to answer before it counts as unrea
 
 @dataclass(frozen=True)
 class Raw:
-    """A row as it was read. ``line`` counts from 1; parquet and arrow have rows instead of lines."""
+    """A row as it was read. ``line`` counts from 1; where a format has no lines it is the row's number."""
 
     fields: dict[str, Any]
     file: str
     line: int
+    start: int = -1  # where the line starts in an unpacked jsonl, in bytes; -1: nowhere
+    length: int = 0  # bytes of that line
 
 
 def read(path: str, split: str = "train") -> Iterator[Raw]:
@@ -126,13 +128,22 @@ def open_bytes(path: Path) -> io.BufferedReader:
     return io.BufferedReader(pyarrow.input_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}[packed]))  # type: ignore[arg-type]
 
 
-def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their line ends; split at newlines only, since JSON strings may hold other line separators."""
+@dataclass(frozen=True)
+class _Line:
+    number: int
+    text: str
+    start: int  # bytes
+    length: int
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    """Lines with their ends; split at newlines only, since JSON strings may hold other line separators."""
     with open_bytes(path) as stream:
-        number = 0
+        number = start = 0
         try:
             for number, line in enumerate(stream, start=1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield _Line(number, line.decode("utf-8-sig" if number == 1 else "utf-8"), start, len(line))
+                start += len(line)
         except UnicodeDecodeError as error:
             raise DataError(f"line {number} of {path} is not UTF-8: {error.reason}", f"{path}:{number}", "Convert the file to UTF-8.") from error
 
@@ -155,9 +166,11 @@ def _object(fields: Any, file: str, number: int) -> dict[str, Any]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Raw]:
-    for number, line in _text_lines(path):
-        if line.strip():
-            yield Raw(parse_line(line, path, number), str(path), number)
+    packed = _suffix(path)[1]
+    for line in _lines(path):
+        if line.text.strip():
+            fields = parse_line(line.text, path, line.number)
+            yield Raw(fields, str(path), line.number, -1 if packed else line.start, line.length)
 
 
 def _read_json(path: Path) -> Iterator[Raw]:
@@ -165,7 +178,7 @@ def _read_json(path: Path) -> Iterator[Raw]:
     if _is_jsonl(path):
         yield from _read_jsonl(path)
         return
-    text = "".join(line for _, line in _text_lines(path))
+    text = "".join(line.text for line in _lines(path))
     if not text.strip():
         return
     try:
@@ -182,10 +195,10 @@ def _read_json(path: Path) -> Iterator[Raw]:
 
 def _is_jsonl(path: Path) -> bool:
     """Whether the first line that is not blank is a whole row."""
-    for _, line in _text_lines(path):
-        if line.strip():
+    for line in _lines(path):
+        if line.text.strip():
             try:
-                first = json.loads(line)
+                first = json.loads(line.text)
             except (ValueError, RecursionError):
                 return False
             return isinstance(first, dict) and not isinstance(first.get("data"), list)
@@ -194,7 +207,7 @@ def _is_jsonl(path: Path) -> bool:
 
 def _read_csv(path: Path) -> Iterator[Raw]:
     csv.field_size_limit(2**31 - 1)  # a document in one cell is usual here
-    reader = csv.reader(line for _, line in _text_lines(path))
+    reader = csv.reader(line.text for line in _lines(path))
     header: list[str] | None = None
     while True:
         number = reader.line_num + 1

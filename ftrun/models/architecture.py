@@ -7,9 +7,8 @@ they are. A table is needed only for what structure cannot tell: which projectio
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ftrun.errors import ConfigError
 from ftrun.models.head import Head
+from ftrun.models.packing import Way, find_way, packed_inputs
+from ftrun.models.wrappers import adds_virtual_tokens, kept_output, own_logits, unwrap
 
 if TYPE_CHECKING:
     from ftrun.data.batches import Batch
@@ -53,7 +54,9 @@ class Architecture:
     causal: bool
     backbone: str  # the model without its head
     layers_name: str
-    layer_count: int
+    layers: list[nn.Module] = field(
+        repr=False, compare=False
+    )  # decoder (or encoder) layers; peft changes them in place
     linears: tuple[Linear, ...]  # of all layers
     norms: tuple[str, ...]  # inside the layers
     embeddings: tuple[str, ...]  # token embedding first; then learned positions and their like
@@ -66,14 +69,9 @@ class Architecture:
     scale: float = 1.0
     cap: float | None = None
     plain_head: bool = True  # the formula of Head was compared with the model's own logits and holds
+    packing: dict[str, Way] = field(default_factory=dict, repr=False, compare=False)  # found when first packed
 
     # ---- where things are ----
-
-    def layers(self, model: nn.Module) -> nn.ModuleList:
-        """The decoder (or encoder) layers, in order."""
-        layers = unwrap(model).get_submodule(self.layers_name)
-        assert isinstance(layers, nn.ModuleList)
-        return layers
 
     def block_of(self, parameter: str) -> int | None:
         """Layer that a parameter or module name belongs to, with any wrapper's prefix; None for embeddings, final norm and head."""
@@ -114,6 +112,7 @@ class Architecture:
         packed batch the restarting positions tell transformers where documents end. Raises ConfigError for a packed
         batch where the model cannot keep documents apart.
         """
+        base = unwrap(model)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if not self.causal:
             if batch.packed:
@@ -123,7 +122,7 @@ class Architecture:
                     "Use train.packing=false.",
                 )
             inputs["attention_mask"] = batch.attention_mask
-            return unwrap(model).get_submodule(self.backbone)(**inputs).last_hidden_state
+            return base.get_submodule(self.backbone)(**inputs).last_hidden_state
         inputs["use_cache"] = False
         if batch.packed:
             if adds_virtual_tokens(model):
@@ -132,12 +131,13 @@ class Architecture:
                     "train.packing=true with a prompt or prefix adapter",
                     "Use train.packing=false.",
                 )
-            inputs["position_ids"] = batch.position_ids
-        base = unwrap(model)
+            if "way" not in self.packing:
+                self.packing["way"] = find_way(base, base.get_submodule(self.backbone))
+            inputs |= packed_inputs(batch, self.packing["way"], base)
         if base is model:
             return base.get_submodule(self.backbone)(**inputs).last_hidden_state
         # a wrapper (peft, DDP) may act before the backbone runs: go through it and keep what the backbone gives
-        with _kept_output(base.get_submodule(self.backbone)) as kept:
+        with kept_output(base.get_submodule(self.backbone)) as kept:
             model(**inputs, logits_to_keep=1)
         return kept[0].last_hidden_state[:, -batch.input_ids.shape[1] :]  # virtual tokens come first
 
@@ -161,11 +161,11 @@ def describe(model: nn.Module) -> Architecture:
     base: Any = unwrap(model)
     config = base.config.get_text_config(decoder=True)
     names = {module: name for name, module in base.named_modules()}
-    backbone = base.base_model if base.base_model is not base else base
-    layers_name, layers = _layers(backbone, names)
     token_embedding = base.get_input_embeddings()
     head = base.get_output_embeddings()
     causal = head is not None
+    backbone = base.get_decoder() if causal else base.base_model
+    layers_name, layers = _layers(backbone, names)
     parent = layers_name.rpartition(".")[0]
     outside = [name for name in names.values() if name and not name.startswith(layers_name)]
     embeddings = [names[token_embedding]]
@@ -176,7 +176,7 @@ def describe(model: nn.Module) -> Architecture:
         causal=causal,
         backbone=names[backbone],
         layers_name=layers_name,
-        layer_count=len(layers),
+        layers=list(layers),
         linears=tuple(_linears(layers, layers_name)),
         norms=tuple(
             name for name, module in base.named_modules() if _is_norm(module) and name.startswith(layers_name + ".")
@@ -192,77 +192,6 @@ def describe(model: nn.Module) -> Architecture:
         cap=getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None),
     )
     return replace(found, plain_head=_formula_holds(found, base)) if causal else found
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside peft, DistributedDataParallel and torch.compile."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def adds_virtual_tokens(model: nn.Module) -> bool:
-    """Whether a peft prompt or prefix method is active on the model."""
-    while not hasattr(model, "active_peft_config"):
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if inner is None:
-            return False
-        model = inner
-    return bool(model.active_peft_config.is_prompt_learning)  # type: ignore[union-attr]
-
-
-def own_logits(base: nn.Module, backbone: str) -> Callable[[Tensor], Tensor]:
-    """The model's own way from hidden states (n, width) to logits (n, vocabulary): its forward with the backbone left out."""
-
-    def logits(hidden: Tensor) -> Tensor:
-        given = _BackboneOutput((hidden.unsqueeze(0),))
-        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        with _replaced_forward(base.get_submodule(backbone), lambda *args, **kwargs: given):
-            return base(input_ids=ids, use_cache=False).logits.squeeze(0)
-
-    return logits
-
-
-class _BackboneOutput(tuple):
-    """Final hidden states and nothing else, for any family's head: every optional output is None."""
-
-    @property
-    def last_hidden_state(self) -> Tensor:
-        return self[0]
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).get("forward")  # hooks of accelerate live there
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
-@contextmanager
-def _kept_output(module: nn.Module) -> Iterator[list[Any]]:
-    kept: list[Any] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
-    try:
-        yield kept
-    finally:
-        handle.remove()
 
 
 # ---- finding the parts ----

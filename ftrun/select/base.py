@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ class Table:
 
     columns: dict[str, np.ndarray]
     lengths: np.ndarray  # (rows,) tokens of each row, prompt and response
+    pool: Pool | None = None  # the rows themselves, for pickers that look at more than scores
     embeddings: np.ndarray | None = None  # (rows, width), unit length, when a scorer or picker made them
     reasons: dict[int, str] = field(default_factory=dict)  # row -> why it has no score
 
@@ -33,7 +34,7 @@ class Budget:
     tokens: int | None = None
 
     def take(self, ranked: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The longest prefix of ``ranked`` row ids within the budget."""
+        """The longest prefix of ``ranked`` rows (places in the pool) within the budget."""
         if self.rows is not None:
             return ranked[: self.rows]
         spent = np.cumsum(lengths[ranked])
@@ -64,10 +65,12 @@ class Picker:
 
     needs: ClassVar[dict[str, str]] = {}
     lacks: ClassVar[dict[str, str]] = {}
+    budget_use: ClassVar[Literal["required", "optional", "none"]] = "required"
+    needs_scores: ClassVar[bool] = True  # ranks by a column; False: works with select=none too
 
     def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
-        """Ids of the picked rows, best first, out of ``candidates`` (ids). ``column`` is ranked higher first.
+        """Places in the pool of the picked rows, best first, out of ``candidates`` (places). ``column`` is ranked higher first.
 
-        Ties break by the lower id.
+        Ties break by the lower place.
         """
         raise NotImplementedError

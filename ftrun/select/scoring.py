@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -72,6 +72,14 @@ class Scoring:
     @cached_property
     def bundle(self) -> Bundle:
         return self.load()
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.bundle.tokenizer
+
+    def with_model(self, load: Callable[[], Bundle]) -> Scoring:
+        """The same engine for another model: a reference, an encoder."""
+        return Scoring(load, self.team, self.report, self.batch_tokens, self.shards, self.shard_seconds)
 
     def token_nll(self, texts: TokenTable) -> np.ndarray:
         """Negative log-likelihood of every token asked for, (tokens,) float32; NaN elsewhere.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ftrun.data.formats import renamed
 from ftrun.errors import DataError
 
 if TYPE_CHECKING:
@@ -71,10 +72,11 @@ def read_turns(pool: Pool, ctx: Context, form: Form) -> Turns:
 
 
 def assistant_turns(record: Record) -> Iterator[tuple[tuple[Message, ...], str]]:
-    """Every assistant turn that says something, with the messages before it."""
-    for index, message in enumerate(record.messages):
+    """Every assistant turn that says something, with the messages before it; of a preference pair the chosen side."""
+    messages = (*record.messages, *record.chosen)
+    for index, message in enumerate(messages):
         if message.role == "assistant" and message.content:
-            yield record.messages[:index], message.content
+            yield messages[:index], message.content
 
 
 def row_text(record: Record) -> list[str]:
@@ -99,7 +101,7 @@ def leading_ids(tokenizer: Any) -> list[int]:
 def _prompt(record: Record, before: tuple[Message, ...], form: Form, tokenizer: Any, columns: dict[str, str]) -> str:
     if form == "chat":
         return _chat_prompt(record, before, tokenizer)
-    instruction, given = _alpaca_fields(record, columns) if len(record.messages) <= 2 else ("", "")
+    instruction, given = _alpaca_fields(record, columns) if len(before) == 1 else ("", "")
     if form == "plain":
         parts = [instruction, given] if instruction else [message.content for message in before]
         return "".join(part + "\n" for part in parts if part)
@@ -121,12 +123,12 @@ def _alpaca_conversation(before: tuple[Message, ...]) -> str:
 
 
 def _alpaca_fields(record: Record, columns: dict[str, str]) -> tuple[str, str]:
-    """Instruction and input where the row was read from an alpaca layout, else empty texts."""
-    if len(record.messages) > 0 and record.messages[0].role == "system":
+    """Instruction and input where the row was read from an alpaca layout without a system prompt, else empty texts."""
+    view = renamed(record.fields, columns)
+    instruction = view.get("instruction")
+    if not isinstance(instruction, str) or record.messages[0].role == "system":
         return "", ""
-    instruction = record.fields.get(columns.get("instruction", "instruction"))
-    given = record.fields.get(columns.get("input", "input"))
-    return (instruction, given or "") if isinstance(instruction, str) else ("", "")
+    return instruction, str(view.get("input") or view.get("context") or "")
 
 
 def _chat_prompt(record: Record, before: tuple[Message, ...], tokenizer: Any) -> str:

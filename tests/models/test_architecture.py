@@ -13,7 +13,8 @@ from torch import nn
 from ftrun.data.batches import Batch, collate
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError
-from ftrun.models.architecture import describe, unwrap
+from ftrun.models.architecture import describe
+from ftrun.models.wrappers import unwrap
 from ftrun.models.head import token_nll
 
 LENGTHS = [11, 1, 17, 5]
@@ -37,7 +38,7 @@ family = pytest.mark.parametrize("family", FAMILIES)
 def test_parts_are_found(family):
     model = make(family)
     found = describe(model)
-    assert found.causal and found.layer_count == LAYERS == len(found.layers(model))
+    assert found.causal and len(found.layers) == LAYERS
     assert found.width == WIDTH and found.vocabulary == VOCABULARY
     assert model.get_submodule(found.embeddings[0]) is model.get_input_embeddings()
     assert model.get_submodule(found.head_name) is model.get_output_embeddings()
@@ -142,7 +143,9 @@ def test_lora_wrapped(family, table):
     found = describe(model)
     targets = [*found.linear_names(["q", "v", "down"]), found.head_name]
     wrapped = get_peft_model(model, LoraConfig(target_modules=targets, r=4, init_lora_weights=False)).eval()
-    assert unwrap(wrapped) is model and len(found.layers(wrapped)) == LAYERS
+    assert unwrap(wrapped) is model and found.layers[0] is wrapped.get_submodule(
+        f"base_model.model.{found.layers_name}.0"
+    )
     batch = collate(table, [[0], [2]], 0)
     with torch.no_grad():
         hidden = found.hidden_states(wrapped, batch)
@@ -216,7 +219,7 @@ def test_encoder_classifier():
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=5, **sizes)).eval()
     found = describe(model)
-    assert not found.causal and found.layer_count == 3 and found.head_name == "classifier"
+    assert not found.causal and len(found.layers) == 3 and found.head_name == "classifier"
     assert found.embeddings[0] == "bert.embeddings.word_embeddings" and len(found.embeddings) == 3
     assert {linear.kind for linear in found.linears} == {"q", "k", "v", "o", "up", "down"}
     assert found.linear_names(["q", "v"]) == ["query", "value"]

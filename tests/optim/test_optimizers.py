@@ -187,7 +187,7 @@ def test_adamw_8bit_stays_near_adamw():
         named = parameters()
         run(build(name, named), named, 20)
         results.append(torch.cat([p.detach().flatten() for _, p in named]))
-    assert (results[0] - results[1]).abs().max() < 0.05
+    assert (results[0] - results[1]).abs().max() < 0.06
     assert not torch.equal(*results)
 
 

@@ -1,0 +1,139 @@
+"""Rows on disk with an index of fixed-size entries, so that a pool larger than memory is read like a list."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ftrun.artifacts import disk_guard
+from ftrun.data.records import Message, Record
+from ftrun.data.sources import Raw
+from ftrun.errors import DataError
+
+ENTRY = np.dtype(
+    [
+        ("store", "<i4"),  # file that holds the row: 0 is the spool, others are the user's own jsonl files
+        ("start", "<i8"),  # first byte
+        ("length", "<i8"),  # bytes
+        ("source", "<i4"),  # entry of data.path
+        ("file", "<i4"),  # file that the row was read from
+        ("line", "<i8"),
+        ("content", "<u8"),  # hash of what is trained
+        ("row", "<u8"),  # hash of all fields
+    ]
+)
+BUFFERED = 4096  # entries
+
+
+class Spool:
+    """Writes rows and their index into a folder; plain jsonl files are not copied, only indexed where they lie."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.stores = [folder / "rows.jsonl"]
+        self.files: list[str] = []
+        self._file_numbers: dict[str, int] = {}
+        self._store_numbers: dict[str, int] = {}
+        self._entries = np.zeros(BUFFERED, ENTRY)
+        self._filled = self._position = 0
+        with disk_guard(self.stores[0]):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._rows, self._index = self._beside("rows.jsonl").open("wb"), self._beside("index.bin").open("wb")
+
+    def add(self, raw: Raw, source: int, record: Record) -> None:
+        store, start, length = self._place(raw)
+        if raw.file not in self._file_numbers:
+            self._file_numbers[raw.file] = len(self.files)
+            self.files.append(raw.file)
+        file = self._file_numbers[raw.file]
+        self._entries[self._filled] = (store, start, length, source, file, raw.line, content_hash(record), row_hash(raw.fields))
+        self._filled += 1
+        if self._filled == BUFFERED:
+            self._flush()
+
+    def close(self) -> np.ndarray:
+        """The finished index, memory-mapped."""
+        self._flush()
+        path = self.folder / "index.bin"
+        with disk_guard(path):
+            for stream, name in ((self._rows, "rows.jsonl"), (self._index, "index.bin")):
+                stream.close()
+                self._beside(name).replace(self.folder / name)
+        return np.memmap(path, ENTRY, "r") if path.stat().st_size else np.zeros(0, ENTRY)
+
+    def abandon(self) -> None:
+        """Remove what was written so far."""
+        for stream, name in ((self._rows, "rows.jsonl"), (self._index, "index.bin")):
+            stream.close()
+            self._beside(name).unlink(missing_ok=True)
+
+    def _place(self, raw: Raw) -> tuple[int, int, int]:
+        if raw.start >= 0:
+            if raw.file not in self._store_numbers:
+                self._store_numbers[raw.file] = len(self.stores)
+                self.stores.append(Path(raw.file).absolute())
+            return self._store_numbers[raw.file], raw.start, raw.length
+        line = json.dumps(raw.fields).encode() + b"\n"
+        with disk_guard(self.stores[0]):
+            self._rows.write(line)
+        start = self._position
+        self._position += len(line)
+        return 0, start, len(line)
+
+    def _flush(self) -> None:
+        with disk_guard(self.folder / "index.bin"):
+            self._index.write(self._entries[: self._filled].tobytes())
+        self._filled = 0
+
+    def _beside(self, name: str) -> Path:
+        return self.folder / f".{name}.{os.getpid()}"
+
+
+class Stores:
+    """The files that hold rows, opened when first read; a file that changed meanwhile is refused."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+        self._stamps = [_stamp(path) for path in paths]
+        self._open: dict[int, BinaryIO] = {}
+
+    def fields(self, store: int, start: int, length: int) -> dict[str, Any]:
+        if store not in self._open:
+            path = self.paths[store]
+            if _stamp(path) != self._stamps[store]:
+                raise DataError(f"{path} has changed since its rows were counted", str(path), "Start again.")
+            self._open[store] = path.open("rb", buffering=0)
+        line = os.pread(self._open[store].fileno(), length, start)  # positioned: forked processes share the file
+        return json.loads(line.decode("utf-8-sig" if start == 0 else "utf-8"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def content_hash(record: Record) -> int:
+    """64-bit hash of what a row says, whatever its layout, file, position and further columns."""
+    turns = [[[turn.role, turn.content] for turn in part] for part in (record.messages, record.chosen, record.rejected)]
+    return _hash64([record.kind, *turns, record.text, record.text_pair, record.label])
+
+
+def row_hash(fields: dict[str, Any]) -> int:
+    """64-bit hash of all fields that are not null."""
+    return _hash64({key: value for key, value in fields.items() if value is not None})
+
+
+def _hash64(value: Any) -> int:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return int.from_bytes(hashlib.blake2b(canonical, digest_size=8).digest(), "little")

@@ -1,0 +1,80 @@
+"""Loss and perplexity on held-out rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from ftrun.errors import ConfigError
+from ftrun.evaluation.base import Evaluation, Evaluator, Metric
+from ftrun.evaluation.likelihood import likelihood
+from ftrun.registry import register
+
+if TYPE_CHECKING:
+    from ftrun.context import Context
+    from ftrun.models.bundle import Bundle
+
+
+@register("eval", "heldout")
+@dataclass
+class Heldout(Evaluator):
+    """How well the model predicts the responses of held-out rows.
+
+    ``loss`` is the mean negative log-likelihood of a response token over all rows, ``perplexity`` is ``exp(loss)`` and
+    ``token_accuracy`` the share of response tokens that the model ranks first. Of a pair, the chosen answer counts.
+    Tokens of one row are not independent, so the standard errors take rows as clusters (ratio estimator).
+    """
+
+    needs: ClassVar[dict[str, str]] = {"language_model": "measures the loss of response tokens"}
+
+    batch_tokens: int = 4096  # upper bound of the tokens in one batch, padding included
+
+    def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
+        table = ctx.heldout_tokens
+        if table is None or len(table) == 0:
+            raise ConfigError(
+                "eval=heldout has no rows: none were held out",
+                f"data.heldout={ctx.settings.data.heldout:g}",
+                "Raise data.heldout, set data.heldout_path, or leave out this evaluator.",
+            )
+        if table.sequences_per_row > 1:
+            table = table.first_of_each_row()
+        found = likelihood(bundle, table, ctx, self.batch_tokens, "held-out loss")
+        rows = np.flatnonzero(found.tokens > 0)
+        if len(rows) == 0:
+            raise ConfigError(
+                "eval=heldout has no response token to predict: the rows hold prompts or labels only",
+                "eval.heldout",
+                "Use eval=generation for prompts, or eval=classification for labels.",
+            )
+        nll, tokens, correct = found.nll[rows], found.tokens[rows], found.correct[rows]
+        loss, loss_error = ratio(nll, tokens)
+        accuracy, accuracy_error = ratio(correct, tokens)
+        perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows at 709
+        perplexity_error = None if loss_error is None else perplexity * loss_error  # first order: d exp(x) = exp(x) dx
+        metrics = {
+            "loss": Metric(loss, loss_error, len(rows), higher_is_better=False),
+            "perplexity": Metric(perplexity, perplexity_error, len(rows), higher_is_better=False),
+            "token_accuracy": Metric(accuracy, accuracy_error, len(rows)),
+        }
+        predictions = [
+            {"id": int(table.record[row]), "tokens": int(count), "loss": float(total / count), "correct": int(right)}
+            for row, total, count, right in zip(rows, nll, tokens, correct, strict=True)
+        ]
+        return Evaluation(metrics, predictions)
+
+
+def ratio(totals: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
+    """``sum(totals) / sum(counts)`` with its standard error over rows, both (rows,).
+
+    Linearised ratio estimator (Cochran, Sampling Techniques, 1977, section 6.4); None for a single row.
+    """
+    n, all_counts = len(counts), math.fsum(counts)
+    value = math.fsum(totals) / all_counts
+    if n < 2:
+        return value, None
+    spread = math.fsum((totals - value * counts) ** 2)
+    return value, math.sqrt(n / (n - 1) * spread) / all_counts

@@ -1,0 +1,83 @@
+"""Running evaluators on a model, and writing what they find."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ftrun.artifacts import strict, write_json, write_text
+from ftrun.errors import ConfigError
+from ftrun.evaluation.base import Evaluation, Evaluator, Metric
+from ftrun.reporting.changes import higher_is_better
+
+if TYPE_CHECKING:
+    from ftrun.context import Context
+    from ftrun.models.bundle import Bundle
+
+Results = dict[str, dict[str, dict[str, Any]]]
+
+
+def evaluate_all(
+    evaluators: Sequence[Evaluator], bundle: Bundle, ctx: Context, tag: Literal["before", "final"] = "final"
+) -> Results:
+    """Metrics of every evaluator, ``{evaluator: {metric: {value, stderr, n}}}``, on every process.
+
+    Process 0 writes eval/results.json and eval/predictions/, or for ``before`` eval/before.json and
+    eval/predictions/before/. A value that is not a finite number is null. The model's modes and all random generators
+    are afterwards as they were, so evaluating does not change a training that goes on.
+    """
+    results: Results = {}
+    names = [evaluator.name for evaluator in evaluators]  # type: ignore[attr-defined]
+    if len(set(names)) < len(names):
+        raise ConfigError("an evaluator was asked for twice", f"eval={','.join(names)}", "Name each evaluator once.")
+    folder = ctx.out / "eval"
+    predictions = folder / "predictions" / "before" if tag == "before" else folder / "predictions"
+    for name, evaluator in zip(names, evaluators, strict=True):
+        with evaluating(bundle.model):
+            found = evaluator.evaluate(bundle, ctx)
+        results[name] = {metric: entry(metric, value) for metric, value in found.metrics.items()}
+        if ctx.team.rank == 0 and found.predictions:
+            write_text(predictions / f"{name}.jsonl", _lines(found))
+    if ctx.team.rank == 0:
+        write_json(folder / ("before.json" if tag == "before" else "results.json"), results)
+    return results
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode and all random generators come back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    plain, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        random.setstate(plain)
+        np.random.set_state(arrays)
+        torch.set_rng_state(tensors)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+
+
+def entry(name: str, metric: Metric) -> dict[str, Any]:
+    """One metric as results.json holds it; the direction is said only where the name would suggest the other one."""
+    plain: dict[str, Any] = strict({"value": metric.value, "stderr": metric.stderr, "n": metric.n})
+    if metric.higher_is_better != higher_is_better(name):
+        plain["higher_is_better"] = metric.higher_is_better
+    return plain
+
+
+def _lines(found: Evaluation) -> str:
+    lines = (json.dumps(strict(row), ensure_ascii=False, allow_nan=False) for row in found.predictions)
+    return "".join(line + "\n" for line in lines)

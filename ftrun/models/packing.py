@@ -1,0 +1,85 @@
+"""Whether a packed batch keeps its documents apart, tried on the model itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ftrun.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ftrun.data.batches import Batch
+
+Way = Literal["positions", "mask"]  # transformers reads the restarting positions, or has to be given the mask
+
+
+def packed_inputs(batch: Batch, way: Way, model: nn.Module) -> dict[str, Tensor]:
+    """What keeps the documents of a packed batch apart, as arguments for the backbone."""
+    inputs = {"position_ids": batch.position_ids}
+    if way == "mask":
+        inputs["attention_mask"] = block_diagonal(batch.position_ids, _float_mask(model))
+    return inputs
+
+
+def block_diagonal(position_ids: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Causal mask within documents, (rows, 1, time, time): boolean, or with a dtype 0 and its lowest number.
+
+    A document starts wherever the position does not follow the one before it.
+    """
+    time = position_ids.shape[1]
+    document = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
+    seen = (document[:, None, :, None] == document[:, None, None, :]) & torch.ones(
+        time, time, dtype=torch.bool, device=position_ids.device
+    ).tril()
+    if dtype is None:
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def find_way(base: nn.Module, backbone: nn.Module) -> Way:
+    """How this model keeps documents apart; ConfigError where it cannot."""
+    ways: list[Way] = ["positions"]
+    text_config: Any = base.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+    windowed = getattr(text_config, "sliding_window", None) or getattr(text_config, "layer_types", None)
+    if not windowed and text_config._attn_implementation in ("sdpa", "eager"):
+        ways.append("mask")
+    training = [module for module in backbone.modules() if module.training]
+    backbone.eval()
+    try:
+        for way in ways:
+            if _keeps_apart(base, backbone, way):
+                return way
+    finally:
+        for module in training:
+            module.training = True
+    raise ConfigError(
+        f"{type(base).__name__} mixes the documents of a packed row",
+        "train.packing=true",
+        "Use train.packing=false.",
+    )
+
+
+@torch.no_grad()
+def _keeps_apart(base: nn.Module, backbone: nn.Module, way: Way) -> bool:
+    """Two documents of three tokens: the second must give the same states with the first before it as alone."""
+    device = next(backbone.parameters()).device
+    first, second = torch.tensor([[3, 4, 5], [6, 7, 8]], device=device).split(1)
+    positions = torch.arange(3, device=device).repeat(2).unsqueeze(0)
+    extra: dict[str, Tensor] = {"position_ids": positions}
+    if way == "mask":
+        extra["attention_mask"] = block_diagonal(positions, _float_mask(base))
+    together = backbone(input_ids=torch.cat([first, second], 1), use_cache=False, **extra).last_hidden_state[:, 3:]
+    alone = backbone(input_ids=second, use_cache=False).last_hidden_state
+    leaked = backbone(input_ids=torch.cat([first, second], 1), use_cache=False).last_hidden_state[:, 3:]
+    # a leak moves the states about as far as no isolation at all does; rounding moves them far less
+    return bool((together - alone).norm() <= 0.05 * (leaked - alone).norm())
+
+
+def _float_mask(model: nn.Module) -> torch.dtype | None:
+    """Eager attention adds its mask to the scores; sdpa takes a boolean one."""
+    config: Any = model.config
+    if config.get_text_config(decoder=True)._attn_implementation == "sdpa":
+        return None
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

@@ -1,0 +1,217 @@
+"""`ftrun recipes` and `ftrun show`: what there is, and what one recipe is made of. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ftrun import registry
+from ftrun.config import recipes, store
+from ftrun.config.compose import Composed
+from ftrun.config.recipes import DEFAULT_CHOICES, GROUPS, Recipe
+from ftrun.config.settings import SECTIONS, Settings
+from ftrun.errors import ConfigError, nearest
+from ftrun.registry import Knob, type_name
+
+
+@dataclass(frozen=True)
+class Value:
+    """One key of a resolved config, with what a user wants to know of it."""
+
+    key: str
+    value: Any
+    origin: str  # default, recipe, command line, or the file of a group
+    knob: Knob
+
+
+# ---- ftrun recipes ----
+
+
+def print_recipes(pattern: str | None, slot: str | None, as_json: bool) -> None:
+    """Print the recipes whose name, components or description match; ``slot`` keeps those that choose something in it."""
+    if slot is not None and slot not in DEFAULT_CHOICES:
+        raise ConfigError(f'there is no slot "{slot}"', f"--slot {slot}", nearest(slot, DEFAULT_CHOICES))
+    everything = [recipes.read(file) for file in recipes.catalogue().values()]
+    found = [recipe for recipe in everything if _matches(recipe, pattern) and (slot is None or _chooses(recipe, slot))]
+    if pattern and not found:
+        raise ConfigError(
+            f'no recipe matches "{pattern}"', "", nearest(pattern, [recipe.name for recipe in everything])
+        )
+    if as_json:
+        print(json.dumps([describe(recipe) for recipe in found], indent=2, ensure_ascii=False))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("recipe", style="bold", no_wrap=True)
+    table.add_column("components", ratio=2)
+    table.add_column("year", no_wrap=True)
+    table.add_column("fidelity", no_wrap=True)
+    table.add_column("good for", ratio=3)
+    for recipe in found:
+        chosen = " ".join(f"{key}={_plain(name)}" for key, name in special_choices(recipe).items())
+        year, about = str(recipe.paper.get("year", "")), first_sentence(recipe.about)
+        table.add_row(recipe.name, escape(chosen), year, recipe.fidelity, escape(about))
+    console = _console()
+    console.print(table)
+    console.print(f"{len(found)} of {len(everything)} recipes. ftrun show recipe=NAME tells all of one.", style="dim")
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain values, for --json."""
+    return {
+        "name": recipe.name,
+        "file": str(recipe.file),
+        "slots": {slot: recipe.choice(slot) for slot in DEFAULT_CHOICES},
+        "paper": recipe.paper,
+        "fidelity": recipe.fidelity,
+        "differences": recipe.differences,
+        "about": recipe.about,
+        "usage": recipe.usage,
+    }
+
+
+def special_choices(recipe: Recipe) -> dict[str, Any]:
+    """The choices of a recipe that are not the plainest ones."""
+    return {slot: name for slot, name in recipe.choices.items() if name != DEFAULT_CHOICES[slot]}
+
+
+def first_sentence(text: str) -> str:
+    head, stop, _ = text.partition(". ")
+    return head + "." if stop else text
+
+
+def link(paper: dict[str, Any]) -> str:
+    return f"https://arxiv.org/abs/{paper['arxiv']}" if paper.get("arxiv") else str(paper.get("url", ""))
+
+
+def _chooses(recipe: Recipe, slot: str) -> bool:
+    return recipe.choice(slot) != DEFAULT_CHOICES[slot]
+
+
+def _matches(recipe: Recipe, pattern: str | None) -> bool:
+    if not pattern:
+        return True
+    title = str(recipe.paper.get("title", ""))
+    words = " ".join([recipe.name, recipe.about, title, *(_plain(name) for name in recipe.choices.values())]).lower()
+    return fnmatch.fnmatch(recipe.name, pattern) or pattern.lower() in words
+
+
+# ---- ftrun show ----
+
+
+def print_show(composed: Composed, overrides: list[str]) -> None:
+    """Print the paper, the differences, the commands and every knob of a composed config."""
+    console = _console()
+    if composed.recipe is not None:
+        _print_head(composed.recipe, console)
+    for note in composed.notes:
+        console.print(note, style="yellow", markup=False)
+    for title, values in sections(composed.settings, composed.recipe, overrides):
+        if values:
+            console.print(_knob_table(title, values))
+        else:
+            console.print(f"\n[bold]{escape(title)}[/]  [dim]no knobs[/]")
+
+
+def _print_head(recipe: Recipe, console: Console) -> None:
+    paper = recipe.paper
+    console.print(f"[bold]{recipe.name}[/]  {escape(recipe.about)}\n")
+    if paper:
+        console.print(f"paper     {paper.get('title', '')}", markup=False)
+        console.print(f"          {paper.get('authors', '')} ({paper.get('year', '')})  {link(paper)}", markup=False)
+    console.print(f"fidelity  {recipe.fidelity}", markup=False)
+    console.print("differs   " + ("in nothing known" if not recipe.differences else ""), markup=False)
+    for difference in recipe.differences:
+        console.print(f"          - {difference}", markup=False)
+    console.print("run it", markup=False)
+    for command in recipe.usage:
+        console.print(f"          {command}", markup=False, style="green")
+    console.print(f"file      {recipe.file}", markup=False)
+
+
+def _knob_table(title: str, values: Sequence[Value]) -> Table:
+    table = Table(
+        title=f"\n[bold]{escape(title)}[/]", title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False
+    )
+    for style, wrap in (("cyan", True), ("", False), ("dim", True), ("dim", False), ("", False)):
+        table.add_column(style=style, no_wrap=wrap, overflow="fold")
+    for item in values:
+        style = "" if item.origin == "default" else "bold"
+        shown = f"[{style}]{escape(_plain(item.value))}[/]" if style else escape(_plain(item.value))
+        table.add_row(item.key, shown, item.origin, escape(type_name(item.knob.type)), escape(item.knob.help))
+    return table
+
+
+def sections(settings: Settings, recipe: Recipe | None, overrides: Sequence[str]) -> Iterator[tuple[str, list[Value]]]:
+    """Every knob of a resolved config, section by section, with its origin."""
+    typed = {override.lstrip("+").split("=")[0] for override in overrides}
+
+    def values(prefix: str, knobs: dict[str, Knob], of: dict[str, Any], choice: str | None = None) -> list[Value]:
+        return [
+            Value(key := f"{prefix}{name}", of[name], _origin(key, of[name], knob, typed, recipe, choice), knob)
+            for name, knob in knobs.items()
+        ]
+
+    root = {name: knob for name, knob in store.root_knobs().items() if name not in _TOLD_ELSEWHERE}
+    yield "top level", values("", root, vars(settings))
+    for slot in registry.SLOTS:
+        if slot == "eval":
+            continue
+        name, knobs = settings.slots[slot]
+        prefix = "select.picker." if slot == "picker" else f"{slot}."
+        found = values(prefix, registry.find(slot, name).knobs, knobs, slot)
+        if slot == "select":
+            shared = vars(settings.select) | {"model.path": settings.select.model_path}
+            found += values(prefix, store.shared_select_knobs(), shared, slot)
+        yield f"{slot}={name}  ({_origin(slot, None, None, typed, recipe)})", found
+    for name, knobs in settings.eval:
+        yield f"eval: {name}", values(f"eval.{name}.", registry.find("eval", name).knobs, knobs, "eval")
+    for section in SECTIONS:
+        yield section, values(f"{section}.", store.section_knobs(section), vars(getattr(settings, section)))
+
+
+_TOLD_ELSEWHERE = ("paper", "fidelity", "differences", "recipe")
+
+
+def _origin(
+    key: str, value: Any, knob: Knob | None, typed: set[str], recipe: Recipe | None, slot: str | None = None
+) -> str:
+    if key in typed or any(key.startswith(f"{one}.") and one not in DEFAULT_CHOICES for one in typed):
+        return "command line"
+    if knob is None:  # the choice of a slot
+        return "recipe" if recipe is not None and key in recipe.choices else "default"
+    # a recipe's values for a slot leave with its choice
+    kept = slot is None or slot == "eval" or slot not in typed
+    if recipe is not None and kept and recipe.sets(key):
+        return "recipe"
+    section = key.split(".")[0]
+    if section in GROUPS and value != knob.default:
+        name = recipe.choice(section) if recipe is not None else DEFAULT_CHOICES[section]
+        return f"{section}={name}" if section not in typed else f"{section}=... (command line)"
+    return "default"
+
+
+def _plain(value: Any) -> str:
+    """A value as one types it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(_plain(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_plain(item)}" for key, item in value.items()) + "}"
+    return str(value)
+
+
+def _console() -> Console:
+    """Standard output; wide enough not to fold a table when it goes to a file or a pipe."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)

@@ -1,0 +1,116 @@
+"""Tokens coloured by their loss weight: in the report's section on token methods, and in the preview."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ftrun.reporting.histograms import histogram
+from ftrun.reporting.markup import Markup, tag
+from ftrun.reporting.run import Run
+
+ROWS = 4  # coloured rows in the report
+TOKENS = 400  # tokens of a coloured row
+
+
+def level(weight: float, top: float = 1.0) -> int:
+    """Shade of a weight: 0 not trained, 1 (least) to 5 (``top`` and more)."""
+    return 0 if not weight > 0 else min(5, 1 + int(4 * min(weight / top, 1.0) + 1e-9))
+
+
+def token_markup(token: str, weight: float, hint: str = "", top: float = 1.0) -> Markup:
+    """One token: shade by weight, white space and special tokens made visible."""
+    parts: list[Markup | str] = []
+    for index, piece in enumerate(token.split("\n")):
+        if index:
+            parts.append(tag("i", "↵", class_="mark"))
+            parts.append("\n")
+        parts.append(piece.replace("\t", "⇥"))
+    words = f"weight {weight:g}" + (f", {hint}" if hint else "")
+    special = " special" if is_special(token) else ""
+    return tag("span", *parts, class_=f"t w{level(weight, top)}{special}", title=words)
+
+
+def is_special(token: str) -> bool:
+    """Whether a token looks like a marker such as ``<|im_end|>``, ``<s>`` or ``[SEP]`` and not like text."""
+    bare = token.strip()
+    wrapped = (bare.startswith("<") and bare.endswith(">")) or (bare.startswith("[") and bare.endswith("]"))
+    return wrapped and len(bare) > 2 and " " not in bare and "\n" not in bare and any(c.isalpha() for c in bare)
+
+
+def legend(top: float = 1.0) -> Markup:
+    """The shades and what they stand for."""
+    words = ["not trained", *(f"{top * share:g}" for share in (0.2, 0.4, 0.6, 0.8)), f"weight {top:g}"]
+    samples = [tag("span", word, class_=f"t w{index}") for index, word in enumerate(words)]
+    return tag("p", *(Markup(f"{sample} ") for sample in samples), class_="note legend")
+
+
+def weights_section(run: Run) -> Markup | None:
+    """Distribution of the weights and a few coloured rows; None without a token method."""
+    columns = run.tokens
+    if not {"id", "weight"} <= columns.keys() or not len(columns["id"]):
+        return None
+    weight = columns["weight"].astype(float)
+    trained = weight > 0
+    words = [
+        tag("strong", f"{int(trained.sum()):,} of {len(weight):,} tokens"),
+        f" are trained ({trained.mean():.1%}).",
+    ]
+    parts = [tag("p", *words)]
+    if len(np.unique(weight[:100_000])) > 2:
+        parts.append(
+            _figure(
+                histogram(weight[trained], None, "histogram of loss weights", "loss weight", height=170, unit="tokens"),
+                "Loss weight of every trained token.",
+            )
+        )
+    if "score" in columns and np.isfinite(columns["score"].astype(float)).any():
+        scores = columns["score"].astype(float)
+        parts.append(
+            _figure(
+                histogram(scores, trained, "histogram of token scores", "score", height=190, unit="tokens"),
+                "Score of every token; trained tokens are shaded.",
+            )
+        )
+    if "token" in columns:
+        parts.append(_coloured(columns, weight))
+    return Markup("".join(parts))
+
+
+def _coloured(columns: dict[str, np.ndarray], weight: np.ndarray) -> Markup:
+    identities = np.unique(columns["id"])
+    picked = identities[np.unique(np.linspace(0, len(identities) - 1, ROWS).astype(int))]
+    top = max(1.0, float(np.percentile(weight[weight > 0], 95))) if (weight > 0).any() else 1.0
+    blocks = [legend(top)]
+    for identity in picked:
+        at = np.flatnonzero(columns["id"] == identity)
+        if "position" in columns:
+            at = at[np.argsort(columns["position"][at], kind="stable")]
+        kept = at[:TOKENS]
+        hints = _hints(columns, kept)
+        tokens = [
+            token_markup(_text(columns["token"][i]), float(weight[i]), hint, top)
+            for i, hint in zip(kept, hints, strict=True)
+        ]
+        cut = [tag("span", f" … {len(at) - len(kept):,} more tokens", class_="muted")] if len(at) > len(kept) else []
+        head = f"row {identity} · {len(at):,} tokens, {int((weight[at] > 0).sum()):,} trained"
+        blocks.append(
+            tag("div", tag("div", head, class_="muted head"), tag("div", *tokens, *cut, class_="tokens"), class_="row")
+        )
+    return Markup("".join(blocks))
+
+
+def _hints(columns: dict[str, np.ndarray], at: np.ndarray) -> Sequence[str]:
+    if "score" not in columns:
+        return [""] * len(at)
+    return [f"score {float(columns['score'][i]):.4g}" for i in at]
+
+
+def _text(token: object) -> str:
+    """The token as text; a bare id is bracketed."""
+    return token if isinstance(token, str) else f"⟨{token}⟩"
+
+
+def _figure(plot: Markup, caption: str) -> Markup:
+    return tag("figure", plot, tag("figcaption", caption))

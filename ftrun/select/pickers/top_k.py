@@ -1,0 +1,29 @@
+"""The highest scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ftrun.registry import register
+from ftrun.select.base import Budget, Picker, Table
+
+if TYPE_CHECKING:
+    from ftrun.context import Context
+
+
+@register("picker", "top_k")
+@dataclass
+class TopK(Picker):
+    """The rows with the highest scores that the budget holds; ties go to the lower id."""
+
+    def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
+        return budget.take(ranked(table, candidates, column), table.lengths)
+
+
+def ranked(table: Table, candidates: np.ndarray, column: str) -> np.ndarray:
+    """The candidates by falling score, ties by id; a NaN comes last."""
+    candidates = np.sort(candidates)
+    return candidates[np.argsort(-table.columns[column][candidates], kind="stable")]

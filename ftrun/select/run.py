@@ -1,0 +1,232 @@
+"""The selection stage: score, filter, pick, and write down what was chosen and why."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ftrun.artifacts import disk_guard, write_json
+from ftrun.config.compose import parse_budget
+from ftrun.errors import ConfigError, DataError
+from ftrun.models.load import load_bundle
+from ftrun.select.base import Budget, Picker, Scorer, Table
+from ftrun.select.pickers.own import Own
+from ftrun.select.scoring import Scoring
+from ftrun.select.texts import encode, row_text
+
+if TYPE_CHECKING:
+    from ftrun.config.settings import Settings
+    from ftrun.context import Context
+    from ftrun.data.pool import Pool
+    from ftrun.models.bundle import Bundle
+
+NAMED_IDS = 20  # rows that summary.json names a reason
+
+
+@dataclass
+class Selected:
+    """What a selection chose. ``ids`` are places in the pool, best first, (picked,)."""
+
+    ids: np.ndarray
+    table: Table
+
+
+def run_selection(settings: Settings, pool: Pool, ctx: Context) -> Selected:
+    """Choose rows of the pool as the config says, and write selection/ into the run folder.
+
+    Raises ConfigError for a missing or useless budget, DataError when nothing is picked.
+    """
+    scorer: Scorer = settings.component("select")
+    picker: Picker = settings.component("picker")
+    if isinstance(picker, Own):
+        picker = picker.of(scorer)
+    budget = _budget(settings, scorer, picker, len(pool))
+    folder = ctx.out / "selection"
+    ctx.scoring = Scoring(
+        _loader(settings, ctx), ctx.team, ctx.report, settings.select.batch_tokens, folder / "shards"
+    )
+    try:
+        table = _score(scorer, pool, ctx)
+        picked = _pick(settings, scorer, picker, table, budget, ctx)
+        picked = ctx.team.gather_object(picked)[0]  # clustering may round differently elsewhere: rank 0 decides
+        selected = Selected(picked, table)
+        admitted = scorer.keep(table)
+        _check(settings, scorer, budget, table, admitted, selected, ctx)
+        if ctx.team.rank == 0:
+            _write(folder, settings, pool, selected, admitted, ctx)
+        ctx.scoring.discard()
+    finally:
+        ctx.scoring = None
+    return selected
+
+
+def _loader(settings: Settings, ctx: Context) -> Callable[[], Bundle]:
+    def load() -> Bundle:
+        if settings.select.model_path is not None:
+            named = replace(settings.model, path=settings.select.model_path, revision=None, template=None)
+            return load_bundle(named, task="causal")
+        return ctx.bundle or load_bundle(settings.model, task="causal")
+
+    return load
+
+
+def _budget(settings: Settings, scorer: Scorer, picker: Picker, rows: int) -> Budget:
+    """The budget in rows or tokens; all rows where the picker does without."""
+    name = settings.choice("select")
+    if picker.needs_scores and not scorer.column:
+        raise ConfigError(f"picker={picker.name} ranks by a score, and select={name} gives none", todo="Choose a scorer: select=random.")  # type: ignore[attr-defined]
+    wanted = parse_budget(settings.budget)
+    if wanted is None:
+        if picker.budget_use == "required":
+            raise ConfigError(f"select={name} needs a budget: how much of the pool to take", todo="Set budget=0.1 (a share), budget=500 (rows) or budget=1M_tokens.")
+        return Budget(rows=rows)
+    if picker.budget_use == "none":
+        raise ConfigError(f"budget={settings.budget} has no effect: select={name} takes every row", todo="Choose a selector, select=random for one, or leave the budget out.")
+    unit, amount = wanted
+    if unit == "tokens":
+        return Budget(tokens=int(amount))
+    # 0.29 * 100 is 28.999999999999996 in floating point
+    return Budget(rows=int(amount * rows + 1e-9) if unit == "share" else int(amount))
+
+
+def _score(scorer: Scorer, pool: Pool, ctx: Context) -> Table:
+    columns = {name: np.asarray(values, np.float64) for name, values in scorer.score(pool, ctx).items()}
+    reasons = ctx.scorer.reasons
+    if scorer.column:
+        values = columns[scorer.column]
+        for place in np.flatnonzero(np.isinf(values)).tolist():
+            reasons.setdefault(place, "its score is infinite")
+        columns[scorer.column] = np.where(np.isinf(values), np.nan, values)
+        unscored = set(np.flatnonzero(np.isnan(columns[scorer.column])).tolist())
+        reasons = {place: reasons.get(place, "undefined") for place in sorted(unscored)}
+    return Table(columns, _lengths(pool, ctx), pool, reasons=reasons)
+
+
+def _lengths(pool: Pool, ctx: Context) -> np.ndarray:
+    """Tokens of the texts of every row, template not counted, (rows,)."""
+    texts = [row_text(record) for record in pool]
+    counts = [len(ids) for ids in encode(ctx.scorer.tokenizer, [text for row in texts for text in row])]
+    owner = np.repeat(np.arange(len(texts)), [len(row) for row in texts])
+    return np.bincount(owner, weights=counts, minlength=len(texts)).astype(np.int64)
+
+
+def _pick(
+    settings: Settings, scorer: Scorer, picker: Picker, table: Table, budget: Budget, ctx: Context
+) -> np.ndarray:
+    candidates = np.flatnonzero(scorer.keep(table) & ~_unscored(scorer, table))
+    picked = np.zeros(0, np.int64)
+    if len(candidates):
+        picked = np.asarray(picker.pick(table, candidates, scorer.column, budget, ctx), np.int64)
+    if settings.select.unscored == "keep":
+        last = np.flatnonzero(_unscored(scorer, table))
+        picked = budget.take(np.concatenate([picked, last]), table.lengths)
+    return picked
+
+
+def _unscored(scorer: Scorer, table: Table) -> np.ndarray:
+    return np.isnan(table.columns[scorer.column]) if scorer.column else np.zeros(len(table), bool)
+
+
+def _check(
+    settings: Settings,
+    scorer: Scorer,
+    budget: Budget,
+    table: Table,
+    admitted: np.ndarray,
+    selected: Selected,
+    ctx: Context,
+) -> None:
+    """Refuse an empty choice, and say when the budget is not met."""
+    unscored = _unscored(scorer, table)
+    dropped = 0 if settings.select.unscored == "keep" else int(unscored.sum())
+    filtered = int((~admitted & ~unscored).sum())
+    left = len(table) - dropped - filtered
+    counts = f"{len(table)} rows: {dropped} without a score, {filtered} left out by the method's filter, {left} to pick from"
+    if not len(selected.ids):
+        reason = next(iter(table.reasons.values()), "")
+        todo = f"Most common reason: {reason}." if dropped and reason else f"Raise the budget (now {settings.budget}), or loosen the picker."
+        raise DataError(f"select={settings.choice('select')} picks nothing", counts, todo)
+    if budget.rows is not None and settings.budget is not None and budget.rows > left:
+        ctx.report.warn(f"budget={settings.budget} asks for {budget.rows} rows, {len(selected.ids)} are picked. {counts}")
+    if budget.tokens is not None and budget.tokens > int(table.lengths[selected.ids].sum()) and len(selected.ids) == left:
+        have = int(table.lengths[selected.ids].sum())
+        ctx.report.warn(f"budget={settings.budget} asks for {budget.tokens} tokens, {have} are picked. {counts}")
+
+
+# ---- what is written ----
+
+
+def _write(
+    folder: Path, settings: Settings, pool: Pool, selected: Selected, admitted: np.ndarray, ctx: Context
+) -> None:
+    table, ids = selected.table, selected.ids
+    rank = np.zeros(len(table), np.int64)
+    rank[ids] = np.arange(1, len(ids) + 1)
+    rows, lines = [], {}
+    for place, record in enumerate(pool):
+        rows.append(record.id)
+        if rank[place]:
+            lines[place] = json.dumps(_chosen_row(record.fields, record.id), ensure_ascii=False)
+    scores = {
+        "id": pa.array(rows, pa.int64()),
+        **{name: pa.array(values, pa.float64()) for name, values in table.columns.items()},
+        "selected": pa.array(rank > 0),
+        "rank": pa.array(rank, pa.int64(), mask=rank == 0),
+    }
+    with written_beside(folder / "selected.jsonl") as beside, beside.open("w", encoding="utf-8") as file:
+        file.writelines(lines[place] + "\n" for place in ids.tolist())
+    with written_beside(folder / "scores.parquet") as beside:
+        pq.write_table(pa.table(scores), beside)
+    summary = _summary(settings, rows, selected, admitted)
+    write_json(folder / "summary.json", summary)
+    ctx.report.note(f"selected {summary['picked']} of {summary['pool']} rows, {summary['tokens']} tokens; {summary['unscored']['rows']} without a score, {summary['filtered']} left out by the filter")
+
+
+def _chosen_row(fields: dict[str, Any], number: int) -> dict[str, Any]:
+    """The row unchanged plus its number; an id of its own is kept beside it."""
+    own = {} if fields.get("id", number) == number else {"original_id": fields["id"]}
+    return {**fields, **own, "id": number}
+
+
+def _summary(settings: Settings, rows: list[int], selected: Selected, admitted: np.ndarray) -> dict[str, Any]:
+    table = selected.table
+    reasons: dict[str, list[int]] = {}
+    for place, reason in table.reasons.items():
+        reasons.setdefault(reason, []).append(rows[place])
+    unscored = np.zeros(len(table), bool)
+    unscored[list(table.reasons)] = True
+    return {
+        "select": settings.choice("select"),
+        "picker": settings.choice("picker"),
+        "budget": settings.budget,
+        "pool": len(table),
+        "unscored": {
+            "rows": len(table.reasons),
+            "reasons": {why: {"rows": len(ids), "ids": ids[:NAMED_IDS]} for why, ids in sorted(reasons.items())},
+        },
+        "filtered": int((~admitted & ~unscored).sum()),
+        "picked": len(selected.ids),
+        "tokens": int(table.lengths[selected.ids].sum()),
+    }
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A place to write ``path``, which then appears whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with disk_guard(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield beside
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)

@@ -1,0 +1,252 @@
+"""The loop: its result depends on the rows and the seed, and on nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import ftrun
+from ftrun.errors import CheckpointError, ComponentError, ConfigError, DataError
+from ftrun.training.loop import deal
+
+QUICK = ["eval=[]", "data.heldout=0", "data.max_length=256", "train.batch_size=4", "train.max_steps=6", "optim.learning_rate=1e-3"]
+VARIANTS = {
+    "lora": ["recipe=lora_sft", "adapter.r=4", "adapter.lora_dropout=0.1"],
+    "full": ["recipe=sft"],
+    "lisa": ["recipe=lisa", "adapter.layers=1", "adapter.interval=2"],
+}
+
+
+def words(variant: str, tiny_dir: Path, rows_file: Path, out: Path, *more: str) -> list[str]:
+    return [*VARIANTS[variant], f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={out}", *QUICK, *more]
+
+
+def train(*overrides: str) -> dict:
+    return ftrun.run("train", overrides=list(overrides))
+
+
+def weights(out: Path) -> dict[str, np.ndarray]:
+    folder = sorted((out / "train/checkpoints").glob("step-*"))[-1]
+    return {name: tensor.numpy() for name, tensor in load_file(folder / "trainable.safetensors").items()}
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "train/metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def assert_same_bits(one: dict, two: dict) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        assert np.array_equal(one[name], two[name]), name
+
+
+def test_same_command_twice_same_weights(tiny_dir, rows_file, tmp_path):
+    for name in "ab":
+        train(*words("lora", tiny_dir, rows_file, tmp_path / name))
+    assert_same_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("cut", [["train.batch_tokens=1"], ["train.batch_tokens=100"], ["train.packing=true"]])
+def test_cut_into_micro_batches_does_not_matter(cut, tiny_dir, rows_file, tmp_path):
+    """One row a micro-batch, padded groups or packed rows: the same losses to 1e-5."""
+    train(*words("full", tiny_dir, rows_file, tmp_path / "a"))
+    train(*words("full", tiny_dir, rows_file, tmp_path / "b", *cut))
+    np.testing.assert_allclose(losses(tmp_path / "a"), losses(tmp_path / "b"), rtol=1e-5, atol=1e-5)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside the process: nothing catches it."""
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("packing", [False, True])
+def test_resume_equals_uninterrupted_to_the_bit(variant, packing, tiny_dir, rows_file, tmp_path, monkeypatch):
+    """Killed in the middle of a step after an odd number of steps, resumed from the checkpoint before."""
+    from ftrun.training import loop
+
+    more = ["train.save_steps=2", f"train.packing={str(packing).lower()}"]
+    train(*words(variant, tiny_dir, rows_file, tmp_path / "whole", *more))
+    plain = loop.Trainer._clip
+    steps = []
+
+    def dies(self):
+        steps.append(1)
+        if len(steps) == 4:
+            raise Killed
+        return plain(self)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop.Trainer, "_clip", dies)
+        train(*words(variant, tiny_dir, rows_file, tmp_path / "cut", *more))
+    same = [word for word in words(variant, tiny_dir, rows_file, tmp_path / "cut", *more) if not word.startswith("out=")]
+    summary = train(*same, f"resume={tmp_path / 'cut'}")
+    assert summary["status"] == "done" and summary["steps"] == 6
+    assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "ftrun", "train", *overrides]
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        file = out / "train/metrics.jsonl"
+        if file.exists() and len(file.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, "the run ended before it could be stopped"
+        time.sleep(0.02)
+    raise AssertionError("the run never reached the step")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("variant", ["lora", "lisa"])
+def test_sigkill_and_resume(variant, processes, tiny_dir, rows_file, tmp_path):
+    """A real SIGKILL at a random step."""
+    more = ["train.save_steps=1", "train.max_steps=40", f"launch.processes={processes}", "launch.threads=1"]
+    whole = words(variant, tiny_dir, rows_file, tmp_path / "whole", *more)
+    subprocess.run(command(*whole), check=True, capture_output=True)
+    cut = words(variant, tiny_dir, rows_file, tmp_path / "cut", *more)
+    process = subprocess.Popen(command(*cut), stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for_step(tmp_path / "cut", int(np.random.default_rng().integers(2, 25)), process)
+    kill_tree(process)
+    resumed = [word for word in cut if not word.startswith("out=")]
+    subprocess.run(command(*resumed, f"resume={tmp_path / 'cut'}"), check=True, capture_output=True)
+    assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and to its workers, which live in sessions of their own."""
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in [process.pid, *map(int, children)]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("number,code,status", [(signal.SIGTERM, 143, "preempted"), (signal.SIGUSR1, 143, "preempted"), (signal.SIGINT, 130, "interrupted")])
+def test_signals_save_and_exit(number, code, status, tiny_dir, rows_file, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(*words("lora", tiny_dir, rows_file, out, "train.max_steps=100000")), stderr=subprocess.PIPE, text=True)
+    wait_for_step(out, 3, process)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == status and summary["steps"] >= 3
+    saved = sorted((out / "train/checkpoints").glob("step-*"))
+    assert saved and saved[-1].name == f"step-{summary['steps']:06d}"
+    assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_two_processes_same_losses(tiny_dir, rows_file, tmp_path):
+    """Two processes on gloo train what one process with accumulation trains: losses to 1e-5."""
+    one = words("full", tiny_dir, rows_file, tmp_path / "one", "train.batch_tokens=150")
+    two = words("full", tiny_dir, rows_file, tmp_path / "two", "launch.processes=2")
+    for overrides in (one, two):
+        subprocess.run(command(*overrides), check=True, capture_output=True)
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5, atol=1e-5)
+
+
+def test_nan_loss_stops_the_run(tiny_dir, rows_file, tmp_path):
+    with pytest.raises(ComponentError, match="not a number at step"):
+        train(*words("full", tiny_dir, rows_file, tmp_path / "run", "optim.learning_rate=1e30", "train.max_grad_norm=null", "schedule=constant"))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["status"] == "failed" and "learning_rate" in summary["error"]["message"]
+
+
+def test_resume_refuses_another_recipe(tiny_dir, rows_file, tmp_path):
+    train(*words("lora", tiny_dir, rows_file, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="recipe=lora_sft"):
+        train(*[w for w in words("full", tiny_dir, rows_file, tmp_path) if not w.startswith("out=")], f"resume={tmp_path / 'run'}")
+
+
+def test_resume_refuses_other_settings(tiny_dir, rows_file, tmp_path):
+    train(*words("lora", tiny_dir, rows_file, tmp_path / "run"))
+    same = [w for w in words("lora", tiny_dir, rows_file, tmp_path) if not w.startswith("out=")]
+    with pytest.raises(CheckpointError, match="adapter.r 4 -> 8"):
+        train(*same, "adapter.r=8", f"resume={tmp_path / 'run'}")
+
+
+def test_damaged_checkpoint_is_passed_over(tiny_dir, rows_file, tmp_path):
+    """The newest whole checkpoint is resumed from; with none whole the run refuses."""
+    overrides = words("lora", tiny_dir, rows_file, tmp_path / "run", "train.save_steps=2")
+    train(*overrides)
+    before = weights(tmp_path / "run")
+    newest = sorted((tmp_path / "run/train/checkpoints").glob("step-*"))[-1]
+    (newest / "trainable.safetensors").write_bytes(b"torn")
+    resume = [w for w in overrides if not w.startswith("out=")] + [f"resume={tmp_path / 'run'}"]
+    assert train(*resume)["steps"] == 6
+    assert_same_bits(before, weights(tmp_path / "run"))
+    for folder in (tmp_path / "run/train/checkpoints").glob("step-*"):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        train(*resume)
+
+
+def test_out_is_used_once(tiny_dir, rows_file, tmp_path):
+    train(*words("lora", tiny_dir, rows_file, tmp_path / "run"))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(*words("lora", tiny_dir, rows_file, tmp_path / "run"))
+
+
+def test_two_runs_with_one_out(tiny_dir, rows_file, tmp_path):
+    from ftrun.artifacts import RunLock
+
+    with RunLock(tmp_path / "run"), pytest.raises(ConfigError, match="another run is writing"):
+        train(*words("lora", tiny_dir, rows_file, tmp_path / "run"))
+
+
+def test_out_not_writable(tiny_dir, rows_file, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ConfigError, match="cannot write"):
+        train(*words("lora", tiny_dir, rows_file, file / "below"))
+
+
+def test_disk_full_while_saving(tiny_dir, rows_file, tmp_path, monkeypatch):
+    """A full disk at a checkpoint ends the run with code 4, and the checkpoint before it stays whole."""
+    from ftrun.errors import ResourceError
+    from ftrun.training import checkpoint
+
+    plain, calls = checkpoint.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) > 6:
+            raise OSError(28, "No space left on device")
+        plain(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        train(*words("lora", tiny_dir, rows_file, tmp_path / "run", "train.save_steps=1"))
+    folders = sorted(path.name for path in (tmp_path / "run/train/checkpoints").iterdir())
+    assert folders == ["step-000001", "step-000002"]
+    assert checkpoint.newest_whole(tmp_path / "run/train/checkpoints")[0].name == "step-000002"
+
+
+def test_batch_smaller_than_processes_is_refused():
+    with pytest.raises((ConfigError, DataError)):
+        ftrun.run("train", "lora_sft", ["launch.processes=4", "train.batch_size=2"])
+
+
+@given(st.lists(st.integers(1, 500), min_size=2, max_size=40), st.integers(1, 4))
+def test_deal_shares_every_row_once(lengths, processes):
+    rows = np.arange(len(lengths))
+    shares = deal(rows, np.array(lengths), processes)
+    assert sorted(np.concatenate(shares).tolist()) == rows.tolist()
+    loads = [sum(lengths[row] for row in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths)
