@@ -8,25 +8,27 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from ftrun import lockfile, stagecache
+from ftrun import lockfile, registry, stagecache
 from ftrun.adapters.base import Adapter
 from ftrun.artifacts import RunLock, digest, new_run_folder, write_json, write_text
 from ftrun.config.compose import Composed
 from ftrun.config.settings import ModelConfig, Settings
 from ftrun.context import Context, cache_dir
-from ftrun.data.pool import Pool, load_pool, split_heldout
+from ftrun.data.pool import Pool, limit_heldout, load_pool, train_and_heldout
 from ftrun.data.prepare import Prepared, prepare
 from ftrun.data.render import apply_template
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import CheckpointError, ConfigError, DataError, FtrunError
-from ftrun.evaluation.run import evaluate_all, heldout_loss
+from ftrun.evaluation.run import evaluate_all, evaluating
+from ftrun.models.architecture import context_length
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_bundle, load_config, load_tokenizer
 from ftrun.objectives.base import Objective
@@ -39,6 +41,8 @@ from ftrun.training.loop import Reference, Trainer, switched_off
 from ftrun.training.progress import Reporter
 from ftrun.training.signals import StopSignals
 
+LABELS = "labels.json"  # class names of a classification run
+DEFAULT_LENGTH = 2048  # tokens of a row, where neither the user nor the model's context says less
 # settings that may differ between a run and its continuation: they do not change what is computed
 FREE_ON_RESUME = {"out", "resume", "launch", "stages", "eval", "run", "prompt"}
 FREE_TRAIN_KEYS = {"save_steps", "keep_checkpoints", "log_steps", "trackers", "eval_before", "merge", "batch_tokens"}
@@ -91,6 +95,7 @@ class Chain:
         self.selected: np.ndarray | None = None
         self.metrics: dict[str, Any] = {}
         self.counts: dict[str, int] = {}
+        self.labels: list[Any] = []  # class names, for classification
         self.work = cache_dir() / "data"
 
     # ---- the run and its record ----
@@ -194,13 +199,13 @@ class Chain:
         if stages == ["select"] and self.settings.choice("tokens") == "none":
             return
         table = self._tokenise(train_pool)
-        self._load_model()
+        self.load_model()
         table = self._static_weights(table)
         self.ctx.train_tokens = table
         if "train" in stages:
             self._train(table)
         elif "eval" in stages:
-            self._evaluate("results")
+            self._evaluate("final")
 
     def _check_kind(self, pool: Pool) -> None:
         wanted = self.objective.kind
@@ -214,19 +219,10 @@ class Chain:
 
     def _split(self, pool: Pool) -> Pool:
         """Put the held-out rows aside; returns the rest."""
-        data = self.settings.data
-        if data.heldout_path:
-            other = copy.copy(data)
-            other.path, other.weights, other.limit = data.heldout_path, None, data.heldout_limit
-            self.ctx.heldout = load_pool(other, self.work, self.settings.seed)
-            return pool
-        if data.heldout == 0:
-            return pool
-        train, heldout = split_heldout(pool, data.heldout, self.settings.seed)
-        if len(train) == 0:
-            raise DataError(f"no row is left to train on after {len(heldout)} of {len(pool)} were held out", f"data.heldout={data.heldout}", "Use more rows, or data.heldout=0.")
-        if len(heldout):
-            self.ctx.heldout = heldout.subset(heldout.ids[: data.heldout_limit])
+        train, heldout = train_and_heldout(pool, self.settings.data, self.work, self.settings.seed)
+        for note in train.notes[len(pool.notes) :]:
+            self.report.note(note)
+        self.ctx.heldout = heldout if len(heldout) else None
         self.report.note(f"{len(train):,} rows to train on, {len(heldout):,} held out")
         return train
 
@@ -268,43 +264,48 @@ class Chain:
     def _scoring_bundle(self, model: ModelConfig) -> Bundle:
         """The model that scores, which is the run's own unless select.model.path names another."""
         if self.settings.select.model_path is None and self.settings.task == "causal":
-            self._load_model()
+            self.load_model()
             assert self.ctx.bundle is not None
             return self.ctx.bundle
-        from ftrun.registry import build
-
-        bundle = load_bundle(model, task="causal", quant=build("quant", "none"), device=self.ctx.team.device)
+        bundle = load_bundle(model, task="causal", quant=registry.build("quant", "none"), device=self.ctx.team.device)
         apply_template(bundle.tokenizer, model.template)
         return bundle
 
     def _tokenise(self, pool: Pool) -> TokenTable:
-        prepared = self._prepare(pool, "tokenise")
-        if self.ctx.heldout is not None:
-            heldout = self._prepare(self.ctx.heldout, "tokenise held-out rows")
-            self.ctx.heldout_tokens = heldout.table
-            self.ctx.heldout = self.ctx.heldout.subset(heldout.kept)
-        self.ctx.facts["tokens"] = prepared.table.fingerprint()
+        prepared = self.prepare(pool, "training rows")
         self.labels = prepared.labels
+        if self.labels and self.ctx.team.is_main:
+            write_json(self.ctx.out / LABELS, self.labels)
+        self.tokenise_heldout()
+        self.ctx.facts["tokens"] = prepared.table.fingerprint()
         return prepared.table
 
-    def _prepare(self, pool: Pool, name: str) -> Prepared:
+    def tokenise_heldout(self) -> None:
+        if self.ctx.heldout is not None:
+            heldout = self.prepare(self.ctx.heldout, "held-out rows")
+            self.ctx.heldout_tokens = heldout.table
+            self.ctx.heldout = self.ctx.heldout.subset(heldout.kept)
+
+    def prepare(self, pool: Pool, name: str) -> Prepared:
+        """The pool's rows as tokens; one process makes them, the others open what it wrote."""
         tokenizer = load_tokenizer(self.settings.model)
         if self.settings.task == "causal":
             apply_template(tokenizer, self.settings.model.template)
-        config = load_config(self.settings.model)
-        work = self.work / "tokens"
+        config = load_config(self.settings.model).get_text_config()
+        limit = context_length(config)
+        data = replace(self.settings.data, max_length=self.settings.data.max_length or min(limit, DEFAULT_LENGTH))
         result: Prepared | None = None
-        # one process tokenises; the others open what it wrote
-        for turn in (0, 1):
-            if (self.ctx.team.rank == 0) == (turn == 0):
+        for turn in (True, False):
+            if self.ctx.team.is_main == turn:
                 result = prepare(
                     pool,
                     tokenizer,
-                    self.settings.data,
-                    context_length=config.context_length,
+                    data,
+                    context_length=limit,
                     vocab_size=config.vocab_size,
-                    folder=work,
+                    folder=self.work / "tokens",
                     report=self.report,
+                    labels=self.labels or None,
                 )
             self.ctx.team.barrier()
         assert result is not None
@@ -312,7 +313,7 @@ class Chain:
             self.report.note(f"{name}: {note}")
         return result
 
-    def _load_model(self) -> None:
+    def load_model(self) -> None:
         if self.ctx.bundle is not None:
             return
         settings = self.settings
@@ -325,8 +326,6 @@ class Chain:
         self.counts["total"] = logical_parameters(bundle.model)
         self.ctx.facts["model"] = bundle.fingerprint
         self.ctx.facts["template"] = digest(getattr(bundle.tokenizer, "chat_template", None))
-
-    labels: list[Any] = []
 
     def _static_weights(self, table: TokenTable) -> TokenTable:
         policy = self.settings.component("tokens")
@@ -388,7 +387,7 @@ class Chain:
             self.trainer.load_best()
         self._save(adapter)
         if "eval" in settings.stages:
-            self._evaluate("results")
+            self._evaluate("final")
 
     def _copy_for_reference(self, adapter: Adapter, model: nn.Module) -> nn.Module | None:
         """A frozen copy of the untrained model, where an objective needs it and the adapter cannot be switched off."""
@@ -423,11 +422,25 @@ class Chain:
 
     # ---- evaluate ----
 
-    def _heldout_loss(self) -> float:
-        assert self.ctx.bundle is not None and self.ctx.heldout_tokens is not None
-        return heldout_loss(self.ctx.bundle, self.ctx)
+    def load_rows_for_evaluation(self) -> None:
+        """The rows that a finished run held out, or all of ``data.path`` when it is evaluated alone."""
+        file = self.ctx.out / LABELS
+        self.labels = json.loads(file.read_text()) if file.exists() else []
+        pool = load_pool(self.settings.data, self.work, self.settings.seed)
+        if self.settings.run is not None or self.settings.data.heldout_path:
+            self._split(pool)
+        else:
+            self.ctx.heldout = limit_heldout(pool, self.settings.data.heldout_limit, self.settings.seed)
+        self.tokenise_heldout()
 
-    def _evaluate(self, tag: str) -> None:
+    def _heldout_loss(self) -> float:
+        """The loss that decides which checkpoint is best."""
+        assert self.ctx.bundle is not None
+        name = "classification" if self.settings.task == "classify" else "heldout"
+        with evaluating(self.ctx.bundle.model):
+            return registry.build("eval", name).evaluate(self.ctx.bundle, self.ctx).metrics["loss"].value
+
+    def _evaluate(self, tag: Literal["before", "final"]) -> None:
         evaluators = self.settings.evaluators()
         if not evaluators:
             return

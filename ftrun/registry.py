@@ -176,10 +176,15 @@ def read_dataclass(path: Path, name: str) -> dict[str, Knob]:
             if item.value is None:
                 raise ConfigError(f"{name}.{item.target.id} in {owner} has no default; every knob needs one")
             kind = eval(annotation, {"__builtins__": {}}, _TYPE_NAMES)  # noqa: S307 - our own source, names fixed above
-            after = lines[(item.end_lineno or 1) - 1][item.end_col_offset :]
-            help_text = after.decode().strip().lstrip("# ")
+            # the formatter moves the comment of a long line into parentheses, behind the value
+            help_text = _comment_after(item, lines) or _comment_after(item.value, lines)
             knobs[item.target.id] = Knob(item.target.id, kind, _default(item.value), help_text)
     return knobs
+
+
+def _comment_after(node: ast.stmt | ast.expr, lines: list[bytes]) -> str:
+    rest = lines[(node.end_lineno or 1) - 1][node.end_col_offset or 0 :]
+    return rest.decode().partition("#")[2].strip()
 
 
 def _class_constants(path: Path, name: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ftrun.errors import ComponentError, ConfigError
@@ -43,17 +42,21 @@ def eva(model: Any, config: LoraConfig, batches: list[Batch]) -> None:
             "Lower adapter.r, use adapter.eva_config={rho: 1.0}, or raise train.batch_size and train.batch_tokens.",
         )
 
-    def passes() -> Iterator[dict[str, Tensor]]:
+    # every process calibrates on the same batches: nothing to gather
+    initialize_lora_eva_weights(model, Passes(enough), gather_distributed_inputs=False, show_progress_bar=False)
+
+
+class Passes(list[dict[str, Tensor]]):
+    """Batches that may be gone through `EVA_PASSES` times: peft would repeat them for ever where nothing settles."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for _ in range(EVA_PASSES):
-            yield from enough
+            yield from super().__iter__()
         raise ComponentError(
-            f"EVA's directions did not settle in {EVA_PASSES} passes over {len(enough)} calibration batches",
+            f"EVA's directions did not settle in {EVA_PASSES} passes over {len(self)} calibration batches",
             "adapter.init_lora_weights=eva",
             "Raise adapter.calibration_batches, or lower adapter.r or eva_config.tau.",
         )
-
-    # every process calibrates on the same batches: nothing to gather
-    initialize_lora_eva_weights(model, passes(), gather_distributed_inputs=False, show_progress_bar=False)
 
 
 def corda(model: nn.Module, config: LoraConfig, batches: list[Batch]) -> None:

@@ -30,9 +30,7 @@ class Lisa(ActiveSet):
 
     layers: int = 2  # decoder layers that train at a time (gamma)
     interval: int = 20  # optimiser steps between two draws (K)
-    state: Literal["drop", "keep", "offload", "reset_all"] = (
-        "drop"  # Adam state: drop, keep or move to the CPU that of sleeping layers; reset_all restarts all of it
-    )
+    state: Literal["drop", "keep", "offload", "reset_all"] = "drop"  # Adam state of sleeping layers; reset_all: of all
     train_embeddings: bool = True  # train embeddings and head; most of the memory of a large vocabulary
 
     def check(self, settings: Settings) -> None:
@@ -52,7 +50,12 @@ class Lisa(ActiveSet):
 
     def blocks(self, model: nn.Module, ctx: Context) -> list[list[nn.Parameter]]:
         assert ctx.bundle is not None
-        found = [list(layer.parameters()) for layer in ctx.bundle.architecture.layers(model)]
+        by_layer: dict[int, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            layer = ctx.bundle.architecture.block_of(name)
+            if layer is not None:
+                by_layer.setdefault(layer, []).append(parameter)
+        found = [by_layer[layer] for layer in sorted(by_layer)]
         if self.layers > len(found):
             raise ConfigError(
                 f"LISA cannot draw {self.layers} of {len(found)} decoder layers",

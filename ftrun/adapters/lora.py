@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ftrun.adapters.none import load_again
 from ftrun.adapters.peft_adapter import PeftAdapter, loadable_path, resolve_targets, task_type
-from ftrun.errors import CheckpointError, ConfigError, nearest
+from ftrun.errors import CheckpointError, ComponentError, ConfigError, nearest
 from ftrun.registry import register
 
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ class Lora(PeftAdapter):
     lora_alpha: float = 32.0  # the update is scaled by lora_alpha / r
     lora_dropout: float = 0.0  # dropout on the input of A
     target_modules: list[str] | str = (
-        "all-linear"  # all-linear, kinds (attention, mlp, q, k, v, o, gate, up, down), names, or a regex
+        "all-linear"  # names, a regex, all-linear, or kinds: attention, mlp, q, k, v, o, up ...
     )
     exclude_modules: list[str] | str | None = None  # names or a regex of modules to leave alone
     bias: Literal["none", "all", "lora_only"] = "none"  # biases that train: none, all, or those of adapted linears
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r)
     use_dora: bool = False  # train magnitude and direction apart
     init_lora_weights: bool | str = (
-        True  # true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora, eva, corda, lora_ga, loftq, mica
+        True  # start of A and B: true, gaussian, pissa, pissa_niter_N, olora, eva, corda, loftq ...
     )
     rank_pattern: dict[str, int] = field(default_factory=dict)  # other ranks by module name or regex
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # other alphas by module name or regex
@@ -150,8 +150,8 @@ class Lora(PeftAdapter):
             )
 
     def peft_config(self, ctx: Context) -> LoraConfig:
-        from peft import CordaConfig, EvaConfig, LoraConfig
-        from peft.tuners.lora.config import BdLoraConfig, LoraGAConfig, VeloraConfig
+        from peft import EvaConfig, LoraConfig
+        from peft.tuners.lora.config import BdLoraConfig, CordaConfig, LoraGAConfig, VeloraConfig
 
         targets: list[str] | str | None = self.target_modules
         if targets == "all-linear" and (self.layers_to_transform is not None or self.init in ("corda", "lora_ga")):
@@ -188,7 +188,13 @@ class Lora(PeftAdapter):
             alora_invocation_tokens=self.alora_invocation_tokens,
         )
 
-    def before_wrap(self, model: nn.Module, config: PeftConfig, ctx: Context) -> None:
+    def before_wrap(self, model: Any, config: PeftConfig, ctx: Context) -> None:
+        if self.use_dora and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
+            raise ConfigError(
+                "DoRA on 8-bit weights fails on a CPU",
+                "adapter.use_dora=true quant=int8",
+                "Use quant=nf4, or adapter.use_dora=false.",
+            )
         if self.init in ("corda", "lora_ga"):
             from ftrun.adapters import calibration
 
@@ -229,6 +235,14 @@ class Lora(PeftAdapter):
         if self.init == "loftq":
             model = load_again(model, folder / "base")
         return super().load(model, folder)
+
+    def merge(self, model: Any) -> nn.Module:
+        if self.layer_replication:
+            raise ComponentError(
+                "adapter.layer_replication cannot be merged: the copies of a layer share one base weight",
+                todo="Load adapter/ with peft, which stacks the layers again.",
+            )
+        return super().merge(model)
 
     def state_dict(self) -> dict[str, Any]:
         """Where training started: the base's change can only be told from it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from ftrun.context import Context
 
 KINDS = ("attention", "mlp", "q", "k", "v", "o", "gate", "up", "down")
+
+# warnings of peft about what is taken care of here: EVA's memory, and PiSSA's file with rsLoRA (see lora.py)
+SETTLED = ("lora with eva initialization", "Using Rank-Stabilized LoRA with rank_pattern")
 
 
 @dataclass
@@ -37,7 +41,9 @@ class PeftAdapter(Adapter):
     def attach(self, model: nn.Module, ctx: Context) -> nn.Module:
         from peft import get_peft_model
 
-        with user_errors(self), seeded(ctx.seed):
+        with user_errors(self), seeded(ctx.seed), warnings.catch_warnings():
+            for settled in SETTLED:
+                warnings.filterwarnings("ignore", message=settled)
             config = self.peft_config(ctx)
             self.before_wrap(model, config, ctx)
             wrapped = get_peft_model(model, config)  # type: ignore[arg-type]

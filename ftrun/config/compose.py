@@ -20,7 +20,7 @@ from ftrun.config.explain import explain, parse
 from ftrun.config.recipes import DEFAULT_CHOICES, Recipe
 from ftrun.config.schema import check_section
 from ftrun.config.settings import SECTIONS, SelectConfig, Settings
-from ftrun.config.store import RECIPE_FILE, ROOT, SINGLE_SLOTS, populate, root_knobs, section_knobs, shared_select_knobs
+from ftrun.config.store import CHOSEN, RECIPE_FILE, ROOT, SINGLE_SLOTS, populate, root_knobs, section_knobs, shared_select_knobs
 from ftrun.config.values import check_values
 from ftrun.errors import ConfigError
 from ftrun.registry import Spec
@@ -92,7 +92,7 @@ def resolve(config: DictConfig, choices: dict[str, Any], overrides: Sequence[str
     file = raw.pop(RECIPE_FILE, None)
     recipe = recipes.find(file) if file else None
     for slot, plainest in DEFAULT_CHOICES.items():
-        if slot not in choices:
+        if slot != "eval" and slot not in choices:
             raise ConfigError(f"the slot {slot} was taken away", f"~{slot}", f"Name the plainest choice: {slot}={plainest}.")
     try:
         settings = _settings(raw, choices, recipe)
@@ -113,7 +113,7 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
         prefix = "select.picker" if slot == "picker" else slot
         slots[slot] = (spec.name, check_section(values, spec.knobs, prefix, f"{slot}={spec.name}"))
         specs.append(spec)
-    evaluators = _evaluators(_section(raw, "eval"), choices["eval"], recipe)
+    evaluators = _evaluators(_section(raw, "eval"), recipe)
     specs += [registry.find("eval", name) for name, _ in evaluators]
     sections = {
         section: cls(**check_section(raw.pop(section, {}), section_knobs(section), section))
@@ -142,17 +142,16 @@ def _shared_select(scoring: dict[str, Any]) -> SelectConfig:
     return SelectConfig(model_path=model["path"], **check_section(given, knobs, "select"))
 
 
-def _evaluators(blocks: dict[str, Any], chosen: Any, recipe: Recipe | None) -> list[tuple[str, dict[str, Any]]]:
+def _evaluators(blocks: dict[str, Any], recipe: Recipe | None) -> list[tuple[str, dict[str, Any]]]:
     """The chosen evaluators in order. A recipe's values for one that was not chosen go; a user's are refused."""
-    names = chosen if isinstance(chosen, list) else [name.strip() for name in str(chosen or "").strip("[]").split(",")]
-    names = list(dict.fromkeys(name for name in names if name and name != "none"))
+    names = [name for name, values in blocks.items() if isinstance(values, dict) and values.pop(CHOSEN, False)]
     for name in set(blocks) - set(names):
         if not (recipe and name in recipe.blocks.get("eval", {})):
             registry.find("eval", name)
             todo = f"Add it: 'eval=[{','.join([*names, name])}]'."
             raise ConfigError(f"eval.{name} is set, but that evaluator does not run", f"eval.{name}", todo)
     return [
-        (name, check_section(blocks.get(name) or {}, registry.find("eval", name).knobs, f"eval.{name}", f"eval={name}"))
+        (name, check_section(blocks[name], registry.find("eval", name).knobs, f"eval.{name}", f"eval={name}"))
         for name in names
     ]
 

@@ -76,7 +76,14 @@ def _tree(choices: list[str]) -> dict[str, Any] | None:
             config = hydra_compose(ROOT, overrides=choices)
     except HydraException:
         return None
-    return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
+    return _public(OmegaConf.to_container(config, resolve=False))
+
+
+def _public(node: Any) -> Any:
+    """Without the keys that we keep for ourselves."""
+    if not isinstance(node, dict):
+        return node
+    return {key: _public(value) for key, value in node.items() if not str(key).startswith("_")}
 
 
 def _unknown_key(override: Override, tree: dict[str, Any]) -> ConfigError | None:

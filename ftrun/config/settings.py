@@ -33,7 +33,7 @@ class DataConfig:
     heldout_path: str | None = None  # evaluate on these rows instead of a held-out share
     heldout_limit: int = 200  # at most this many held-out rows are evaluated
     limit: int | None = None  # use only the first rows of the source
-    max_length: int = 2048  # tokens of a row, prompt and response together
+    max_length: int | None = None  # tokens of a row, prompt and response together; null: what the model can attend to, at most 2048
     overlong: Literal["auto", "error", "drop", "truncate"] = "auto"  # rows over max_length; auto: error above 1% of the rows, else drop
     train_on: Literal["responses", "last_response", "all"] = "responses"  # which tokens carry loss in a conversation
     system: str | None = None  # system prompt for rows that have none

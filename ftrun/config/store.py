@@ -21,7 +21,9 @@ from ftrun.registry import Knob
 
 ROOT = "ftrun"
 SINGLE_SLOTS = tuple(slot for slot in registry.SLOTS if slot != "eval")
-RECIPE_FILE = "recipe_file"  # carries the file of a recipe into the processes of a sweep
+# keys for ourselves, which no knob can be called
+RECIPE_FILE = "_recipe_file"  # carries the file of a recipe into the processes of a sweep
+CHOSEN = "_chosen"  # marks an evaluator that runs: Hydra does not tell the choices of a group that takes several
 
 
 def populate(chosen: Recipe | Sequence[Recipe] = ()) -> None:
@@ -32,6 +34,7 @@ def populate(chosen: Recipe | Sequence[Recipe] = ()) -> None:
         for spec in registry.specs(slot).values():
             node = {name: knob.default for name, knob in spec.knobs.items()}
             package = f"eval.{spec.name}" if slot == "eval" else _package(slot)
+            node |= {CHOSEN: True} if slot == "eval" else {}
             store.store(group=slot, name=spec.name, node=OmegaConf.create(node), package=package)
     for group in GROUPS:
         for file in group_files(group).values():

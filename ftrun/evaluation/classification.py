@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,8 +28,6 @@ class Classification(Evaluator):
     labels or the answers, each class counting alike.
     """
 
-    needs: ClassVar[dict[str, str]] = {"classifier": "compares labels"}
-
     batch_tokens: int = 4096  # upper bound of the tokens in one batch, padding included
 
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
@@ -43,7 +41,8 @@ class Classification(Evaluator):
         gold = np.asarray(table.label)
         if (gold < 0).any():
             row = int(table.record[int(np.argmax(gold < 0))])
-            raise DataError(f"held-out row {row} has no label", "eval=classification", "Use rows with labels: task=classify.")
+            todo = "Give rows with labels, and task=classify."
+            raise DataError(f"held-out row {row} has no label", "eval=classification", todo)
         logits = self._logits(bundle, table, ctx)
         answers = logits.argmax(axis=1)
         config: Any = bundle.model.config

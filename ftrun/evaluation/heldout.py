@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,8 +28,6 @@ class Heldout(Evaluator):
     Tokens of one row are not independent, so the standard errors take rows as clusters (ratio estimator).
     """
 
-    needs: ClassVar[dict[str, str]] = {"language_model": "measures the loss of response tokens"}
-
     batch_tokens: int = 4096  # upper bound of the tokens in one batch, padding included
 
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
@@ -41,7 +39,8 @@ class Heldout(Evaluator):
                 "Raise data.heldout, set data.heldout_path, or leave out this evaluator.",
             )
         if table.sequences_per_row > 1:
-            table = table.first_of_each_row()
+            first = np.arange(len(table)) * table.sequences_per_row
+            table = replace(table, sequences_per_row=1).rows(first)
         found = likelihood(bundle, table, ctx, self.batch_tokens, "held-out loss")
         rows = np.flatnonzero(found.tokens > 0)
         if len(rows) == 0:

@@ -56,9 +56,9 @@ def likelihood(bundle: Bundle, table: TokenTable, ctx: Context, batch_tokens: in
 def _check_lengths(table: TokenTable, bundle: Bundle) -> None:
     lengths = np.asarray(table.lengths)
     if len(lengths) and lengths.max() > bundle.context_length:
-        longest = int(lengths.argmax())
+        row = int(table.record[int(lengths.argmax())])
         raise DataError(
-            f"row {table.record[longest]} has {lengths[longest]} tokens; {bundle.path} attends to {bundle.context_length}",
+            f"row {row} has {lengths.max()} tokens; {bundle.path} attends to {bundle.context_length}",
             "in the rows to evaluate",
             "Lower data.max_length, or shorten the row.",
         )

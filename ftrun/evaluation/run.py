@@ -79,5 +79,5 @@ def entry(name: str, metric: Metric) -> dict[str, Any]:
 
 
 def _lines(found: Evaluation) -> str:
-    lines = (json.dumps(strict(row), ensure_ascii=False, allow_nan=False) for row in found.predictions)
+    lines = (json.dumps(strict(row), ensure_ascii=False, allow_nan=False, default=str) for row in found.predictions)
     return "".join(line + "\n" for line in lines)

@@ -187,7 +187,7 @@ def describe(model: nn.Module) -> Architecture:
         tied=causal and head.weight is token_embedding.weight,
         width=token_embedding.weight.shape[1],
         vocabulary=token_embedding.weight.shape[0],
-        context_length=_context_length(config),
+        context_length=context_length(config),
         scale=_scale(config),
         cap=getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None),
     )
@@ -245,7 +245,8 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
 
 
-def _context_length(config: Any) -> int:
+def context_length(config: Any) -> int:
+    """Tokens that a model of this (text) config can attend to."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         if isinstance(getattr(config, name, None), int):
             return getattr(config, name)

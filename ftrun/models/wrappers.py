@@ -55,7 +55,7 @@ class BackboneOutput(tuple):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-        return None
+        return
 
 
 @contextmanager

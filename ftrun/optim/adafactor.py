@@ -15,7 +15,7 @@ from ftrun.registry import register
 @register("optim", "adafactor")
 @dataclass
 class Adafactor(OptimizerConfig):
-    """The mean squared gradient of a matrix as an outer product of row and column means (Shazeer and Stern, 2018, arXiv:1804.04235).
+    """Adam with the mean squares of a matrix kept as rows and columns (Shazeer and Stern, 2018, arXiv:1804.04235).
 
     ``v = rows * columns / mean(rows)``, remembered with ``beta2 = 1 - step ** decay_rate``. The update
     ``g / sqrt(v)`` is scaled down where its root mean square exceeds ``clip_threshold``. The learning rate is the

@@ -17,7 +17,7 @@ from ftrun.registry import register
 @register("optim", "muon")
 @dataclass
 class Muon(OptimizerConfig):
-    """Every hidden matrix moves by its momentum with all singular values made equal (Jordan et al., 2024; Liu et al., 2025, arXiv:2502.16982).
+    """Each hidden matrix moves by its momentum with all singular values made equal (Jordan, 2024; arXiv:2502.16982).
 
     ``m <- momentum * m + g``, ``u = orthogonalise(g + momentum * m)``, then
     ``p <- (1 - lr * weight_decay) * p - lr * s * u``, where ``s`` is ``0.2 * sqrt(max(rows, columns))`` (match_adamw:

@@ -28,7 +28,7 @@ class Value:
 
     key: str
     value: Any
-    origin: str  # default, recipe, command line, or the file of a group
+    origin: str  # default, recipe or command line
     knob: Knob
 
 
@@ -55,7 +55,7 @@ def print_recipes(pattern: str | None, slot: str | None, as_json: bool) -> None:
     table.add_column("fidelity", no_wrap=True)
     table.add_column("good for", ratio=3)
     for recipe in found:
-        chosen = " ".join(f"{key}={_plain(name)}" for key, name in special_choices(recipe).items())
+        chosen = " ".join(f"{key}={plain(name)}" for key, name in special_choices(recipe).items())
         year, about = str(recipe.paper.get("year", "")), first_sentence(recipe.about)
         table.add_row(recipe.name, escape(chosen), year, recipe.fidelity, escape(about))
     console = _console()
@@ -99,7 +99,7 @@ def _matches(recipe: Recipe, pattern: str | None) -> bool:
     if not pattern:
         return True
     title = str(recipe.paper.get("title", ""))
-    words = " ".join([recipe.name, recipe.about, title, *(_plain(name) for name in recipe.choices.values())]).lower()
+    words = " ".join([recipe.name, recipe.about, title, *(plain(name) for name in recipe.choices.values())]).lower()
     return fnmatch.fnmatch(recipe.name, pattern) or pattern.lower() in words
 
 
@@ -144,7 +144,7 @@ def _knob_table(title: str, values: Sequence[Value]) -> Table:
         table.add_column(style=style, no_wrap=wrap, overflow="fold")
     for item in values:
         style = "" if item.origin == "default" else "bold"
-        shown = f"[{style}]{escape(_plain(item.value))}[/]" if style else escape(_plain(item.value))
+        shown = f"[{style}]{escape(plain(item.value))}[/]" if style else escape(plain(item.value))
         table.add_row(item.key, shown, item.origin, escape(type_name(item.knob.type)), escape(item.knob.help))
     return table
 
@@ -153,26 +153,26 @@ def sections(settings: Settings, recipe: Recipe | None, overrides: Sequence[str]
     """Every knob of a resolved config, section by section, with its origin."""
     typed = {override.lstrip("+").split("=")[0] for override in overrides}
 
-    def values(prefix: str, knobs: dict[str, Knob], of: dict[str, Any], choice: str | None = None) -> list[Value]:
+    def values(prefix: str, knobs: dict[str, Knob], of: dict[str, Any], of_recipe: bool = True) -> list[Value]:
+        source = recipe if of_recipe else None
         return [
-            Value(key := f"{prefix}{name}", of[name], _origin(key, of[name], knob, typed, recipe, choice), knob)
+            Value(f"{prefix}{name}", of[name], _origin(f"{prefix}{name}", of[name], knob, typed, source), knob)
             for name, knob in knobs.items()
         ]
 
     root = {name: knob for name, knob in store.root_knobs().items() if name not in _TOLD_ELSEWHERE}
     yield "top level", values("", root, vars(settings))
-    for slot in registry.SLOTS:
-        if slot == "eval":
-            continue
-        name, knobs = settings.slots[slot]
+    for slot, (name, knobs) in settings.slots.items():
         prefix = "select.picker." if slot == "picker" else f"{slot}."
-        found = values(prefix, registry.find(slot, name).knobs, knobs, slot)
+        kept = recipe is not None and recipe.choice(slot) == name  # a recipe's values for a slot leave with its choice
+        found = values(prefix, registry.find(slot, name).knobs, knobs, kept)
         if slot == "select":
             shared = vars(settings.select) | {"model.path": settings.select.model_path}
-            found += values(prefix, store.shared_select_knobs(), shared, slot)
-        yield f"{slot}={name}  ({_origin(slot, None, None, typed, recipe)})", found
+            found += values(prefix, store.shared_select_knobs(), shared, kept)
+        chosen_by = "command line" if slot in typed else "recipe" if recipe and slot in recipe.choices else "default"
+        yield f"{slot}={name}  ({chosen_by})", found
     for name, knobs in settings.eval:
-        yield f"eval: {name}", values(f"eval.{name}.", registry.find("eval", name).knobs, knobs, "eval")
+        yield f"eval={name}", values(f"eval.{name}.", registry.find("eval", name).knobs, knobs)
     for section in SECTIONS:
         yield section, values(f"{section}.", store.section_knobs(section), vars(getattr(settings, section)))
 
@@ -180,35 +180,29 @@ def sections(settings: Settings, recipe: Recipe | None, overrides: Sequence[str]
 _TOLD_ELSEWHERE = ("paper", "fidelity", "differences", "recipe")
 
 
-def _origin(
-    key: str, value: Any, knob: Knob | None, typed: set[str], recipe: Recipe | None, slot: str | None = None
-) -> str:
-    if key in typed or any(key.startswith(f"{one}.") and one not in DEFAULT_CHOICES for one in typed):
+def _origin(key: str, value: Any, knob: Knob, typed: set[str], recipe: Recipe | None) -> str:
+    if key in typed or any(one.startswith(f"{key}.") for one in typed):
         return "command line"
-    if knob is None:  # the choice of a slot
-        return "recipe" if recipe is not None and key in recipe.choices else "default"
-    # a recipe's values for a slot leave with its choice
-    kept = slot is None or slot == "eval" or slot not in typed
-    if recipe is not None and kept and recipe.sets(key):
+    if recipe is not None and recipe.sets(key):
         return "recipe"
     section = key.split(".")[0]
-    if section in GROUPS and value != knob.default:
-        name = recipe.choice(section) if recipe is not None else DEFAULT_CHOICES[section]
-        return f"{section}={name}" if section not in typed else f"{section}=... (command line)"
+    if section in GROUPS and value != knob.default:  # comes with the choice of model= or data=
+        return "command line" if section in typed else "recipe"
     return "default"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A value as one types it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(_plain(item) for item in value)}]"
+        return f"[{','.join(plain(item) for item in value)}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_plain(item)}" for key, item in value.items()) + "}"
-    return str(value)
+        return "{" + ", ".join(f"{key}: {plain(item)}" for key, item in value.items()) + "}"
+    text = str(value)
+    return repr(text) if text != text.strip() or "\n" in text or not text else text
 
 
 def _console() -> Console:

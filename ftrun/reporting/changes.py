@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "error", "bits_per", "ece", "brier", "latency", "mse", "mae")
+NEUTRAL = ("length", "tokens", "count")  # neither more nor less of it is better
 NOISE = 1.96  # standard errors that a change must exceed to be called one
 
-Verdict = Literal["better", "worse", "within noise", "same", ""]
+Verdict = Literal["better", "worse", "within noise", "changed", "same", ""]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Change:
     metric: str
     before: Measured | None
     after: Measured | None
-    higher_is_better: bool
+    higher_is_better: bool | None  # None: the metric has no better side
 
     @property
     def delta(self) -> float | None:
@@ -60,6 +61,8 @@ class Change:
             return "same"
         if self.stderr is not None and abs(self.delta) < NOISE * self.stderr:
             return "within noise"
+        if self.higher_is_better is None:
+            return "changed"
         return "better" if (self.delta > 0) == self.higher_is_better else "worse"
 
 
@@ -80,13 +83,19 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
         )
         sides = Measured.read(old), Measured.read(new)
         if any(sides):
-            made.append(Change(evaluator, metric, *sides, higher_is_better(metric) if up is None else bool(up)))
+            made.append(Change(evaluator, metric, *sides, _direction(metric, up)))
     return made
 
 
 def _metrics(results: Mapping[str, Any], evaluator: str) -> Mapping[str, Any]:
     metrics = results.get(evaluator)
     return metrics if isinstance(metrics, Mapping) else {}
+
+
+def _direction(metric: str, said: Any) -> bool | None:
+    if any(word in metric.lower().split("_") for word in NEUTRAL):
+        return None
+    return higher_is_better(metric) if said is None else bool(said)
 
 
 def higher_is_better(metric: str) -> bool:

@@ -10,7 +10,7 @@ from ftrun.reporting.markup import Markup, clipped, tag
 from ftrun.reporting.rows import prompt_and_response
 from ftrun.reporting.run import Run
 
-EACH = 10  # rows shown of the best, of those around the cut, and of the worst
+EACH = 10  # rows of a group
 LENGTHS = ("length", "lengths", "tokens", "n_tokens")
 KEYS = ("id", "selected", "rank", "source")
 
@@ -25,13 +25,10 @@ def selection_section(run: Run) -> Markup | None:
     parts: list[Markup | None] = [_headline(run, picked)]
     if column:
         values = scores[column].astype(float)
-        missing = int((~np.isfinite(values)).sum())
         caption = [
             tag("i", column.replace("_", " ")),
-            " of every row of the pool; picked rows are shaded. The outermost bars hold what lies beyond them.",
+            " of every row of the pool; picked rows stand out. The outermost bars hold what lies beyond them.",
         ]
-        if missing:
-            caption.append(f" {missing:,} {'row has' if missing == 1 else 'rows have'} no score.")
         if np.isfinite(values).any():
             parts.append(
                 _figure(histogram(values, picked, f"histogram of {column}", column.replace("_", " ")), caption)
@@ -51,18 +48,30 @@ def score_column(run: Run) -> str | None:
     return next((wish for wish in (said, name, "score") if wish in columns), columns[0] if columns else None)
 
 
-def example_ids(selected: np.ndarray, ranked_by: np.ndarray) -> dict[str, np.ndarray]:
-    """Positions worth reading, by group: highest scores, both sides of the cut, lowest scores.
+def example_rows(selected: np.ndarray, score: np.ndarray, rank: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Positions worth reading, by heading; no row twice. The selection stage keeps the text of these rows.
 
-    ``selected`` (rows,) bool, ``ranked_by`` (rows,) float, higher is better, NaN is left out.
+    selected: (rows,) bool. score: (rows,), higher is better, NaN is left out. rank: (rows,) place of the picked rows.
     """
-    order = np.argsort(-ranked_by, kind="stable")
-    order = order[np.isfinite(ranked_by[order])]
+    order = np.argsort(-score, kind="stable")
+    order = order[np.isfinite(score[order])]
     inside, outside = order[selected[order]], order[~selected[order]]
-    best, worst = order[:EACH], order[EACH:][-EACH:]
-    cut = np.concatenate([inside[-EACH // 2 :], outside[: EACH // 2]]) if len(outside) and len(inside) else order[:0]
-    shown = set(best) | set(worst)
-    return {"best": best, "cut": np.array([row for row in cut if row not in shown], dtype=int), "worst": worst}
+    if not len(inside):
+        return {"Lowest scores": outside[-EACH:]}
+    lowest = score[inside[-1]]
+    best = inside if rank is None else inside[np.argsort(rank[inside], kind="stable")]
+    under = outside[score[outside] <= lowest]
+    groups = {
+        "Best of the choice": best[:EACH],
+        "Around the cut": np.concatenate([inside[-EACH // 2 :], under[: EACH // 2]]) if len(under) else inside[:0],
+        "Left out although they score higher": outside[score[outside] > lowest][: EACH // 2],
+        "Lowest scores": order[-EACH:],
+    }
+    shown: set[int] = set()
+    for heading, rows in groups.items():
+        groups[heading] = np.array([row for row in rows.tolist() if row not in shown], dtype=np.int64)
+        shown |= set(rows.tolist())
+    return groups
 
 
 def _headline(run: Run, picked: np.ndarray) -> Markup:
@@ -74,10 +83,16 @@ def _headline(run: Run, picked: np.ndarray) -> Markup:
         words.append(
             f", {numbers.quantity(tokens)} of {numbers.quantity(float(np.nansum(lengths)))} tokens ({tokens / np.nansum(lengths):.1%})"
         )
-    seconds = run.selection.get("wall_s")
-    if isinstance(seconds, int | float):
-        words.append(f", in {numbers.duration(seconds)}")
-    return tag("p", *words, ".")
+    words.append(".")
+    unscored = run.selection.get("unscored")
+    dropped = unscored.get("rows") if isinstance(unscored, dict) else unscored
+    for count, what in (
+        (dropped, "could not be scored"),
+        (run.selection.get("filtered"), "were left out by the method's filter"),
+    ):
+        if isinstance(count, int) and count:
+            words.append(f" {count:,} {what}.")
+    return tag("p", *words)
 
 
 def _lengths(scores: dict[str, np.ndarray], picked: np.ndarray) -> Markup | None:
@@ -107,26 +122,19 @@ def _other_columns(scores: dict[str, np.ndarray], picked: np.ndarray, column: st
 
 def _examples(run: Run, column: str) -> list[Markup]:
     scores = run.scores
-    values, picked = scores[column].astype(float), scores["selected"].astype(bool)
-    finite = np.isfinite(values)
-    clean = bool(
-        picked.any() and (~picked & finite).any() and values[picked & finite].min() >= values[~picked & finite].max()
-    )
-    groups = example_ids(picked, values)
-    titles = {
-        "best": "Highest scores",
-        "cut": "Around the cut" if clean else "Lowest scores that were picked, highest that were not",
-        "worst": "Lowest scores",
-    }
-    return [_rows(run, titles[group], rows, column, group == "best") for group, rows in groups.items() if len(rows)]
+    rank = scores["rank"].astype(float) if "rank" in scores else None
+    groups = example_rows(scores["selected"].astype(bool), scores[column].astype(float), rank)
+    filled = [(heading, rows) for heading, rows in groups.items() if len(rows)]
+    return [_rows(run, heading, rows, column, at == 0) for at, (heading, rows) in enumerate(filled)]
 
 
 def _rows(run: Run, title: str, positions: np.ndarray, column: str, opened: bool) -> Markup:
     body = []
+    texts = run.rows([int(run.scores["id"][at]) for at in positions])
     for at in positions:
         identity = int(run.scores["id"][at])
         picked = bool(run.scores["selected"][at])
-        row = run.rows.get(identity)
+        row = texts.get(identity)
         words: list[Markup]
         if row is None:
             words = [tag("span", "The text of this row was not kept in the run folder.", class_="muted")]
@@ -138,7 +146,7 @@ def _rows(run: Run, title: str, positions: np.ndarray, column: str, opened: bool
             ]
         mark = tag("span", "picked" if picked else "left", class_=f"mark {'picked' if picked else 'left'}")
         number = tag("div", numbers.plain(float(run.scores[column][at])), class_="score")
-        side = [number, mark, tag("div", f"row {identity}", class_="muted")]
+        side = [number, tag("div", mark, f" row {identity}", class_="muted")]
         body.append(tag("li", tag("div", *side, class_="side"), tag("div", *words, class_="words")))
     return tag(
         "details",

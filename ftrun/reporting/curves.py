@@ -83,17 +83,15 @@ def _one(key: str, steps: np.ndarray, values: np.ndarray) -> Markup:
 
 def _remarks(values: np.ndarray, zero: bool = False) -> Markup | None:
     """What the picture cannot show as it is."""
-    broken = int((~np.isfinite(values)).sum())
+    finite = values[np.isfinite(values)]
     low, high = robust_range(values, zero)
-    beyond = int((values > high).sum() + (values < low).sum())
+    beyond = finite[(finite > high) | (finite < low)]
     words = []
-    if broken:
-        words.append(f"{broken:,} not finite (×)")
-    if beyond:
-        words.append(
-            f"{beyond:,} beyond the frame, up to {numbers.plain(float(np.nanmax(np.where(np.isfinite(values), values, np.nan))))}"
-        )
-    return tag("span", " · " + ", ".join(words), class_="muted") if words else None
+    if len(finite) < len(values):
+        words.append(f"× {len(values) - len(finite):,} not finite")
+    if len(beyond):
+        words.append(f"{len(beyond):,} beyond the frame ({numbers.plain(float(max(beyond, key=abs)))})")
+    return tag("span", " ", " · ".join(words), class_="muted key") if words else None
 
 
 def _key(look: str, words: str) -> Markup:

@@ -36,7 +36,7 @@ def histogram(
         words = f"{_between(edges, index)}: {count:,} {unit}" + (
             f", {chosen[index]:,} picked" if chosen is not None else ""
         )
-        parts = [tag("title", words), _bar(frame, edges, index, float(count), "all")]
+        parts = [tag("title", words), _bar(frame, edges, index, float(count), "picked" if chosen is None else "all")]
         if chosen is not None and chosen[index]:
             parts.append(_bar(frame, edges, index, float(chosen[index]), "picked"))
         bars.append(tag("g", *parts, class_="bin"))
@@ -71,8 +71,27 @@ def compared(
             f"{'M' if not outline else 'L'}{frame.px(edges[index]):.1f} {frame.py(all_share):.1f}H{frame.px(edges[index + 1]):.1f}"
         )
     return frame.svg(
-        tag("path", d="".join(outline), class_="outline"), *bars, title=title, class_="wide" if width > 500 else "small"
+        *bars, tag("path", d="".join(outline), class_="outline"), title=title, class_="wide" if width > 500 else "small"
     )
+
+
+def scatter(x: np.ndarray, y: np.ndarray, title: str, x_label: str, y_label: str, side: float = 370) -> Markup:
+    """Pairs of values on one scale, with the diagonal."""
+    low, high = robust_range(np.concatenate([x, y]))
+    low, high = low - 0.04 * (high - low), high + 0.04 * (high - low)
+    marks = ticks(low, high, count=5)
+
+    def tick(value: float) -> str:
+        return tick_text(value, marks)
+
+    frame = Frame(side, side * 0.9, (low, high), (low, high), marks, marks, tick, tick, x_label)
+    points = []
+    for a, b in zip(np.clip(x, low, high), np.clip(y, low, high), strict=True):
+        words = f"{x_label} {numbers.plain(float(a))}, {y_label} {numbers.plain(float(b))}"
+        points.append(tag("circle", tag("title", words), cx=frame.px(a), cy=frame.py(b), r=2.6, class_="point"))
+    diagonal = tag("line", x1=frame.px(low), y1=frame.py(low), x2=frame.px(high), y2=frame.py(high), class_="diagonal")
+    label = tag("text", y_label, x=frame.left + 6, y=frame.top + 8, class_="tick label")
+    return frame.svg(diagonal, *points, label, title=title, class_="small")
 
 
 def interval(change: Change, width: float = 190, height: float = 34) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from importlib import resources
@@ -12,7 +13,7 @@ from ftrun.artifacts import write_text
 from ftrun.reporting import numbers
 from ftrun.reporting.choice import selection_section
 from ftrun.reporting.curves import training_section
-from ftrun.reporting.markup import Markup, tag
+from ftrun.reporting.markup import Markup, escape, tag
 from ftrun.reporting.results import key_numbers, predictions_section
 from ftrun.reporting.run import Run
 from ftrun.reporting.weights import weights_section
@@ -139,8 +140,13 @@ def _facts(run: Run) -> Markup | None:
         add("final loss", summary["final_loss"], numbers.plain(summary["final_loss"]))
     if config.get("seed") is not None:
         facts.append(("seed", str(config["seed"])))
-    items = [tag("div", tag("dt", name), tag("dd", text)) for name, text in facts]
+    items = [tag("div", tag("dt", name), tag("dd", _breakable(text))) for name, text in facts]
     return tag("dl", *items, class_="facts") if items else None
+
+
+def _breakable(text: str) -> Markup:
+    """Text that may be broken after the separators of paths and names."""
+    return Markup(re.sub(r"([:/_])", r"\1<wbr>", escape(text)))
 
 
 def _path(section: Any) -> str:

@@ -98,7 +98,10 @@ class Frame:
     x_label: str = ""
     top: float = 10
     right: float = 12
-    bottom: float = 34
+
+    @property
+    def bottom(self) -> float:
+        return 34 if self.x_label else 22
 
     @property
     def left(self) -> float:

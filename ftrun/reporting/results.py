@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from ftrun.reporting import numbers
-from ftrun.reporting.changes import Change, Measured
-from ftrun.reporting.histograms import interval
+from ftrun.reporting.changes import Change, Measured, higher_is_better, number
+from ftrun.reporting.histograms import interval, scatter
 from ftrun.reporting.markup import Markup, clipped, tag
 from ftrun.reporting.run import Run
 
 SHOWN = 8  # predictions of each evaluator
-ARROWS = {"better": "good", "worse": "bad", "within noise": "muted", "same": "muted", "": "muted"}
+ARROWS = {"better": "good", "worse": "bad", "within noise": "muted", "changed": "", "same": "muted", "": "muted"}
 
 # names under which evaluators keep the parts of a prediction
 ASKED = ("prompt", "question", "input", "text")
 WANTED = ("gold", "answer", "target", "reference", "label", "expected")
 GIVEN = ("prediction", "output", "response", "completion", "generated", "predicted")
+NUMBERS = ("loss", "nll", "score", "correct")  # of a row without text
 SCORED = ("correct", "score", "exact_match", "nll", "loss")
 
 
@@ -40,7 +43,7 @@ def key_numbers(run: Run) -> Markup | None:
 
 def _change_row(change: Change, compared: bool) -> Markup:
     side = change.after or change.before
-    rows = f" n = {side.n:,}" if side and side.n else ""
+    rows = f" · n = {side.n:,}" if side and side.n else ""
     name = tag(
         "th", change.metric.replace("_", " "), tag("span", f"{change.evaluator}{rows}", class_="of"), scope="row"
     )
@@ -66,7 +69,7 @@ def _delta(change: Change) -> Markup:
     arrow = "▲" if change.delta > 0 else "▼" if change.delta < 0 else "="
     sign = "+" if change.delta > 0 else "−" if change.delta < 0 else ""
     words = [tag("span", f"{arrow} {sign}{value}", class_="value"), tag("span", change.verdict, class_="verdict")]
-    return tag("span", *words, class_=ARROWS[change.verdict])
+    return tag("span", *words, class_=ARROWS[change.verdict] or None)
 
 
 def predictions_section(run: Run) -> Markup | None:
@@ -74,9 +77,12 @@ def predictions_section(run: Run) -> Markup | None:
     before = run.predictions(before=True)
     parts = []
     for evaluator, rows in run.predictions().items():
-        if rows:
-            parts.append(_evaluator(evaluator, rows, before.get(evaluator, [])))
-    return Markup("".join(parts)) if parts else None
+        earlier = before.get(evaluator, [])
+        if rows and _first(rows[0], (*ASKED, *WANTED, *GIVEN)) is not None:
+            parts.append(_evaluator(evaluator, rows, earlier))
+        else:
+            parts.append(_row_by_row(evaluator, rows, earlier))
+    return Markup("".join(part for part in parts if part)) or None
 
 
 def _evaluator(name: str, rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> Markup:
@@ -99,13 +105,38 @@ def _evaluator(name: str, rows: list[dict[str, Any]], before: list[dict[str, Any
     return tag("details", tag("summary", *title), tag("div", *cards, class_="cards"), open=True, class_="group")
 
 
+def _row_by_row(name: str, rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> Markup | None:
+    """Numbers of every row before and after, for evaluators that predict no text."""
+    earlier = _by_id(before)
+    key = next((key for key in NUMBERS if rows and any(key in row for row in rows)), None)
+    pairs = [
+        (number(earlier[i].get(key)), number(row.get(key))) for i, row in _by_id(rows).items() if key and i in earlier
+    ]
+    values = np.array(pairs, dtype=float).reshape(-1, 2)
+    values = values[np.isfinite(values).all(axis=1)]
+    if len(values) < 3:
+        return None
+    rise = values[:, 1] - values[:, 0]
+    improved = int((rise > 0).sum() if higher_is_better(key or "") else (rise < 0).sum())
+    caption = f"{name.replace('_', ' ')}: {key} of every row, before training against after it. {improved:,} of {len(values):,} rows got better; below the diagonal the value fell."
+    return tag(
+        "figure",
+        scatter(values[:, 0], values[:, 1], f"{key} of every row before and after", "before", "after"),
+        tag("figcaption", caption),
+        class_="square",
+    )
+
+
 def _by_id(rows: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     return {str(row.get("id", index)): row for index, row in enumerate(rows)}
 
 
 def _right(row: Mapping[str, Any] | None) -> bool | None:
+    """Whether an answer is right; None where rows have numbers only, or a score between."""
+    if row is None or (_first(row, GIVEN) is None and _first(row, WANTED) is None):
+        return None
     for key in ("correct", "exact_match", "score"):
-        value = (row or {}).get(key)
+        value = row.get(key)
         if isinstance(value, bool) or value in (0, 1):
             return bool(value)
     return None
@@ -139,7 +170,7 @@ def _prediction(row: dict[str, Any], old: dict[str, Any] | None) -> Markup:
                 "div",
                 tag("span", "wanted", class_="who"),
                 tag("div", clipped(_words(wanted)), class_="said"),
-                class_="line",
+                class_="reply",
             )
         )
     rest = {key: value for key, value in row.items() if key not in (*ASKED, *WANTED, *GIVEN, *SCORED, "id")}
@@ -161,10 +192,12 @@ def _given(who: str, row: dict[str, Any]) -> Markup:
         clipped(_words(said)) if said is not None else "",
         tag("span", ", ".join(scores), class_="rest") if scores else None,
     ]
-    return tag("div", tag("span", who, " ", mark, class_="who"), tag("div", *line, class_="said"), class_="line")
+    return tag(
+        "div", tag("span", who, " ", mark, class_="who"), tag("div", *line, class_="said"), class_=f"reply {who}"
+    )
 
 
-def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
+def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 

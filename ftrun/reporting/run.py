@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -71,16 +71,24 @@ class Run:
     def selection(self) -> dict[str, Any]:
         return self._json("selection/summary.json")
 
-    @cached_property
-    def rows(self) -> dict[int, dict[str, Any]]:
-        """Rows by id: the chosen ones, and those that the selection stage kept as examples of the others."""
-        found = [*self._jsonl("selection/examples.jsonl"), *self._jsonl("selection/selected.jsonl")]
-        return {int(number(row["id"])): row for row in found if np.isfinite(number(row.get("id")))}
+    def rows(self, ids: Collection[int]) -> dict[int, dict[str, Any]]:
+        """These rows by id, as far as they were chosen or kept as examples of those that were not."""
+        wanted, found = set(ids), {}
+        for name in ("selection/examples.jsonl", "selection/selected.jsonl"):
+            for row in self._read(name, lambda file, name=name: self._lines(file, name), iter(())):
+                identity = number(row.get("id"))
+                if identity in wanted:
+                    found[int(identity)] = row
+        return found
 
     @cached_property
     def tokens(self) -> dict[str, np.ndarray]:
-        """Columns of tokens.parquet."""
-        return self._columns("selection/tokens.parquet")
+        """Columns of tokens.parquet, the tokens themselves left out."""
+        return self._columns("selection/tokens.parquet", without="token")
+
+    def token_rows(self, ids: Collection[int]) -> dict[str, np.ndarray]:
+        """All columns of tokens.parquet for these rows."""
+        return self._columns("selection/tokens.parquet", filters=[("id", "in", list(ids))])
 
     def predictions(self, before: bool = False) -> dict[str, list[dict[str, Any]]]:
         """Predictions of every evaluator, after training or before it."""
@@ -125,10 +133,13 @@ class Run:
                 except ValueError:  # the last line of a run that was killed
                     self._unreadable(f"{name}: line {index} is not whole")
 
-    def _columns(self, name: str) -> dict[str, np.ndarray]:
+    def _columns(
+        self, name: str, without: str | None = None, filters: list[Any] | None = None
+    ) -> dict[str, np.ndarray]:
         def read(file: Path) -> dict[str, np.ndarray]:
-            table = parquet.read_table(file)
-            return {column: table[column].to_numpy(zero_copy_only=False) for column in table.column_names}
+            names = [column for column in parquet.read_schema(file).names if column != without]
+            table = parquet.read_table(file, columns=names, filters=filters)
+            return {column: table[column].to_numpy(zero_copy_only=False) for column in names}
 
         return self._read(name, read, {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,8 +36,7 @@ def token_markup(token: str, weight: float, hint: str = "", top: float = 1.0) ->
 def is_special(token: str) -> bool:
     """Whether a token looks like a marker such as ``<|im_end|>``, ``<s>`` or ``[SEP]`` and not like text."""
     bare = token.strip()
-    wrapped = (bare.startswith("<") and bare.endswith(">")) or (bare.startswith("[") and bare.endswith("]"))
-    return wrapped and len(bare) > 2 and " " not in bare and "\n" not in bare and any(c.isalpha() for c in bare)
+    return re.fullmatch(r"<[|/]?\w[^\s<>]*>|\[[A-Z]+\d*\]", bare) is not None
 
 
 def legend(top: float = 1.0) -> Markup:
@@ -70,35 +70,30 @@ def weights_section(run: Run) -> Markup | None:
         parts.append(
             _figure(
                 histogram(scores, trained, "histogram of token scores", "score", height=190, unit="tokens"),
-                "Score of every token; trained tokens are shaded.",
+                "Score of every token; trained tokens stand out.",
             )
         )
-    if "token" in columns:
-        parts.append(_coloured(columns, weight))
+    identities = np.unique(columns["id"])
+    chosen = identities[np.unique(np.linspace(0, len(identities) - 1, ROWS).astype(int))]
+    shown = run.token_rows(chosen.tolist())
+    if "token" in shown:
+        top = max(1.0, float(np.percentile(weight[trained], 95))) if trained.any() else 1.0
+        parts += [legend(top), *(_coloured(shown, identity, top) for identity in chosen)]
     return Markup("".join(parts))
 
 
-def _coloured(columns: dict[str, np.ndarray], weight: np.ndarray) -> Markup:
-    identities = np.unique(columns["id"])
-    picked = identities[np.unique(np.linspace(0, len(identities) - 1, ROWS).astype(int))]
-    top = max(1.0, float(np.percentile(weight[weight > 0], 95))) if (weight > 0).any() else 1.0
-    blocks = [legend(top)]
-    for identity in picked:
-        at = np.flatnonzero(columns["id"] == identity)
-        if "position" in columns:
-            at = at[np.argsort(columns["position"][at], kind="stable")]
-        kept = at[:TOKENS]
-        hints = _hints(columns, kept)
-        tokens = [
-            token_markup(_text(columns["token"][i]), float(weight[i]), hint, top)
-            for i, hint in zip(kept, hints, strict=True)
-        ]
-        cut = [tag("span", f" … {len(at) - len(kept):,} more tokens", class_="muted")] if len(at) > len(kept) else []
-        head = f"row {identity} · {len(at):,} tokens, {int((weight[at] > 0).sum()):,} trained"
-        blocks.append(
-            tag("div", tag("div", head, class_="muted head"), tag("div", *tokens, *cut, class_="tokens"), class_="row")
-        )
-    return Markup("".join(blocks))
+def _coloured(columns: dict[str, np.ndarray], identity: int, top: float) -> Markup:
+    at = np.flatnonzero(columns["id"] == identity)
+    if "position" in columns:
+        at = at[np.argsort(columns["position"][at], kind="stable")]
+    kept, weight = at[:TOKENS], columns["weight"].astype(float)
+    tokens = [
+        token_markup(_text(columns["token"][i]), float(weight[i]), hint, top)
+        for i, hint in zip(kept, _hints(columns, kept), strict=True)
+    ]
+    cut = [tag("span", f" … {len(at) - len(kept):,} more tokens", class_="muted")] if len(at) > len(kept) else []
+    head = f"row {identity} · {len(at):,} tokens, {int((weight[at] > 0).sum()):,} trained"
+    return tag("div", tag("div", head, class_="muted head"), tag("div", *tokens, *cut, class_="tokens"), class_="row")
 
 
 def _hints(columns: dict[str, np.ndarray], at: np.ndarray) -> Sequence[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ftrun.artifacts import disk_guard, write_json
-from ftrun.config.compose import parse_budget
+from ftrun.config.values import parse_budget
 from ftrun.errors import ConfigError, DataError
-from ftrun.models.load import load_bundle
 from ftrun.select.base import Budget, Picker, Scorer, Table
 from ftrun.select.pickers.own import Own
 from ftrun.select.scoring import Scoring
@@ -40,8 +40,8 @@ class Selected:
     table: Table
 
 
-def run_selection(settings: Settings, pool: Pool, ctx: Context) -> Selected:
-    """Choose rows of the pool as the config says, and write selection/ into the run folder.
+def run_selection(settings: Settings, pool: Pool, bundle: Bundle, ctx: Context) -> Selected:
+    """Choose rows of the pool as the config says, scoring with ``bundle``, and write selection/ into the run folder.
 
     Raises ConfigError for a missing or useless budget, DataError when nothing is picked.
     """
@@ -51,9 +51,7 @@ def run_selection(settings: Settings, pool: Pool, ctx: Context) -> Selected:
         picker = picker.of(scorer)
     budget = _budget(settings, scorer, picker, len(pool))
     folder = ctx.out / "selection"
-    ctx.scoring = Scoring(
-        _loader(settings, ctx), ctx.team, ctx.report, settings.select.batch_tokens, folder / "shards"
-    )
+    ctx.scoring = Scoring(lambda: bundle, ctx.team, ctx.report, settings.select.batch_tokens, folder / "shards")
     try:
         table = _score(scorer, pool, ctx)
         picked = _pick(settings, scorer, picker, table, budget, ctx)
@@ -67,16 +65,6 @@ def run_selection(settings: Settings, pool: Pool, ctx: Context) -> Selected:
     finally:
         ctx.scoring = None
     return selected
-
-
-def _loader(settings: Settings, ctx: Context) -> Callable[[], Bundle]:
-    def load() -> Bundle:
-        if settings.select.model_path is not None:
-            named = replace(settings.model, path=settings.select.model_path, revision=None, template=None)
-            return load_bundle(named, task="causal")
-        return ctx.bundle or load_bundle(settings.model, task="causal")
-
-    return load
 
 
 def _budget(settings: Settings, scorer: Scorer, picker: Picker, rows: int) -> Budget:
@@ -152,8 +140,8 @@ def _check(
     left = len(table) - dropped - filtered
     counts = f"{len(table)} rows: {dropped} without a score, {filtered} left out by the method's filter, {left} to pick from"
     if not len(selected.ids):
-        reason = next(iter(table.reasons.values()), "")
-        todo = f"Most common reason: {reason}." if dropped and reason else f"Raise the budget (now {settings.budget}), or loosen the picker."
+        reasons = Counter(table.reasons.values()).most_common(1)
+        todo = f"Most common reason: {reasons[0][0]}." if dropped and reasons else "Raise the budget, or loosen the bounds of the picker."
         raise DataError(f"select={settings.choice('select')} picks nothing", counts, todo)
     if budget.rows is not None and settings.budget is not None and budget.rows > left:
         ctx.report.warn(f"budget={settings.budget} asks for {budget.rows} rows, {len(selected.ids)} are picked. {counts}")
@@ -171,22 +159,18 @@ def _write(
     table, ids = selected.table, selected.ids
     rank = np.zeros(len(table), np.int64)
     rank[ids] = np.arange(1, len(ids) + 1)
-    rows, lines = [], {}
-    for place, record in enumerate(pool):
-        rows.append(record.id)
-        if rank[place]:
-            lines[place] = json.dumps(_chosen_row(record.fields, record.id), ensure_ascii=False)
     scores = {
-        "id": pa.array(rows, pa.int64()),
+        "id": pa.array(pool.ids, pa.int64()),
         **{name: pa.array(values, pa.float64()) for name, values in table.columns.items()},
         "selected": pa.array(rank > 0),
         "rank": pa.array(rank, pa.int64(), mask=rank == 0),
     }
     with written_beside(folder / "selected.jsonl") as beside, beside.open("w", encoding="utf-8") as file:
-        file.writelines(lines[place] + "\n" for place in ids.tolist())
+        for number in pool.ids[ids].tolist():
+            file.write(json.dumps(_chosen_row(pool.fields(number), number), ensure_ascii=False) + "\n")
     with written_beside(folder / "scores.parquet") as beside:
         pq.write_table(pa.table(scores), beside)
-    summary = _summary(settings, rows, selected, admitted)
+    summary = _summary(settings, pool, selected, admitted)
     write_json(folder / "summary.json", summary)
     ctx.report.note(f"selected {summary['picked']} of {summary['pool']} rows, {summary['tokens']} tokens; {summary['unscored']['rows']} without a score, {summary['filtered']} left out by the filter")
 
@@ -197,11 +181,11 @@ def _chosen_row(fields: dict[str, Any], number: int) -> dict[str, Any]:
     return {**fields, **own, "id": number}
 
 
-def _summary(settings: Settings, rows: list[int], selected: Selected, admitted: np.ndarray) -> dict[str, Any]:
+def _summary(settings: Settings, pool: Pool, selected: Selected, admitted: np.ndarray) -> dict[str, Any]:
     table = selected.table
     reasons: dict[str, list[int]] = {}
     for place, reason in table.reasons.items():
-        reasons.setdefault(reason, []).append(rows[place])
+        reasons.setdefault(reason, []).append(int(pool.ids[place]))
     unscored = np.zeros(len(table), bool)
     unscored[list(table.reasons)] = True
     return {

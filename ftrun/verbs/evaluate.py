@@ -44,8 +44,8 @@ def evaluate(composed: Composed, overrides: Sequence[str]) -> dict[str, Any]:
         if asked.run:
             load_trained(run, settings, ctx)
         else:
-            chain._load_model()
-        chain._evaluate("results")
+            chain.load_model()
+        chain._evaluate("final")
         from ftrun.reporting.terminal import results_table
 
         results_table(run, ctx.report)

@@ -24,7 +24,7 @@ def preview(composed: Composed, html: bool) -> dict[str, Any]:
     ctx = plain_context(settings, Path(settings.out or "."))
     chain = Chain(ctx, composed, [], StopSignals())
     pool = load_pool(settings.data, chain.work, settings.seed)
-    prepared = chain._prepare(pool, "tokenise")
+    prepared = chain.prepare(pool, "rows")
     table = prepared.table
     from ftrun.models.load import load_tokenizer
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from ftrun.chain import LABELS
 from ftrun.config.settings import Settings
 from ftrun.context import Context
 from ftrun.data.render import apply_template
@@ -34,9 +36,7 @@ def load_trained(run: Path, settings: Settings, ctx: Context, full_precision: bo
 
 def label_count(run: Path) -> int | None:
     """Number of classes of a classification run."""
-    import json
-
-    file = run / "labels.json"
+    file = run / LABELS
     return len(json.loads(file.read_text())) if file.exists() else None
 
 

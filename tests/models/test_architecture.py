@@ -14,8 +14,8 @@ from ftrun.data.batches import Batch, collate
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError
 from ftrun.models.architecture import describe
-from ftrun.models.wrappers import unwrap
 from ftrun.models.head import token_nll
+from ftrun.models.wrappers import unwrap
 
 LENGTHS = [11, 1, 17, 5]
 
@@ -55,7 +55,7 @@ def test_every_linear_has_a_known_kind(family):
     kinds = [{linear.kind for linear in found.linears if linear.block == block} for block in range(LAYERS)]
     assert kinds[0] == kinds[1]
     attention = {"q", "k", "v", "o"} if family not in ("phi3", "gpt2", "gpt_neox") else {"qkv", "o"}
-    mlp = {"phi3": {"gate_up", "down"}} | dict.fromkeys(("gpt2", "gpt_neox", "opt"), {"up", "down"})
+    mlp = {"phi3": {"gate_up", "down"}} | {name: {"up", "down"} for name in ("gpt2", "gpt_neox", "opt")}
     assert kinds[0] == attention | mlp.get(family, {"gate", "up", "down"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -33,16 +34,14 @@ class Random(Scorer):
 
 def row_numbers(pool: Pool, *seed: int | str) -> np.ndarray:
     """A uniform number in [0, 1) for every row, from its content hash and the seed, (rows,)."""
-    copies: Counter[str] = Counter()
+    copies: Counter[int] = Counter()
     numbers = np.empty(len(pool))
-    for position, content in enumerate(pool.hashes):
+    for position, content in enumerate(pool.hashes.tolist()):
         numbers[position] = _uniform(f"{content}/{copies[content]}/{seed}")
         copies[content] += 1
     return numbers
 
 
 def _uniform(text: str) -> float:
-    import hashlib
-
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return (int.from_bytes(digest) >> 11) * 2.0**-53  # the 53 bits that a float holds

@@ -1,0 +1,275 @@
+"""From a Record to token sequences by the tokenizer's own chat template.
+
+A conversation is rendered in segments: the template's text for the messages before an assistant turn, generation prompt
+included, is a prefix of its text with that turn. Every segment is tokenised by itself, so the tokens of the prompt are
+those that generation sees, and the trained span needs no search for strings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from ftrun.data.records import Message, Record
+from ftrun.data.tokens import Sequence
+from ftrun.errors import ConfigError, DataError, nearest
+
+TEMPLATES = Path(__file__).parent / "templates"
+WAY_OUT = "Give one with model.template=chatml|alpaca|plain, or model.template=FILE.jinja."
+TODAY = datetime(2024, 7, 26)  # templates that write the date get this one: tokens must not change overnight
+
+TrainOn = Literal["responses", "last_response", "all"]
+
+
+def apply_template(tokenizer: Any, setting: str | None) -> None:
+    """Give the tokenizer the chat template of ``model.template``: a built-in name or a jinja file; None keeps its own."""
+    if setting is None:
+        return
+    built_in = {file.stem: file for file in TEMPLATES.glob("*.jinja")}
+    file = built_in.get(setting) or Path(setting).expanduser()
+    if not file.is_file():
+        raise ConfigError(f'there is no chat template "{setting}"', f"model.template={setting}", f"{nearest(setting, built_in)} Or name a jinja file.")
+    if setting in ("alpaca", "plain") and tokenizer.eos_token is None:
+        raise ConfigError(f"the template {setting} ends a response with the end-of-text token, and the tokenizer has none", f"model.template={setting}")
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"the chat template {file} is not valid jinja: {error.message}", f"{file}:{error.lineno}", "Repair the file.") from error
+    except TemplateError as error:
+        raise ConfigError(f"the chat template {file} cannot render a user's message: {error}", str(file), "Repair the file.") from error
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of what tokens can depend on: vocabulary, rules, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    if backend is not None:
+        rules |= {"truncation": None, "padding": None}  # switches of the last call, not properties
+    parts = [type(tokenizer).__name__, rules, tokenizer.chat_template, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of rendered text; of a trained response only the tokens up to the end of turn count."""
+
+    text: str
+    trained: bool
+    response: bool = False
+
+
+@dataclass
+class Renderer:
+    """Turns records into sequences. Raises DataError where a row, ConfigError where the template cannot be trained on."""
+
+    tokenizer: Any
+    train_on: TrainOn = "responses"
+    labels: ListLike[str | int] = ()  # class names, for kind "labels"
+
+    def sequences(self, record: Record, where: str = "") -> list[Sequence]:
+        """One sequence, or chosen and rejected for a pair."""
+        return self.batch([record], [where])[0]
+
+    def batch(self, records: list[Record], where: list[str]) -> list[list[Sequence]]:
+        """Sequences of each record; ``where`` is the origin of each, for errors. One call of the tokenizer for all."""
+        if not records or records[0].kind == "labels":
+            return [[self._labelled(record, place)] for record, place in zip(records, where, strict=True)]
+        if records[0].kind == "text":
+            return [[self._plain_text(record, place)] for record, place in zip(records, where, strict=True)]
+        rendered = [self._segments(record, place) for record, place in zip(records, where, strict=True)]
+        tokens = iter(self._encode([sequence for parts in rendered for sequence in parts]))
+        made = []
+        for record, place, parts in zip(records, where, rendered, strict=True):
+            made.append([self._sequence(record, place, segments, next(tokens)) for segments in parts])
+        return made
+
+    def prompt_ids(self, record: Record, where: str = "") -> list[int]:
+        """Tokens after which the model is to write the record's response; what it was trained on, cut before the response."""
+        messages = record.prompt if record.kind in ("sft", "binary") else record.messages
+        segments = self._conversation(list(messages), range(0), where, generate=True)
+        return [token for part in self._encode([segments])[0] for token in part]
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The token that closes an assistant's turn: what the model learns to stop with."""
+        self._require_template()
+        probe = [Message("user", "a"), Message("assistant", "b")]
+        segments = self._conversation(probe, range(1, 2), "", generate=False)
+        tokens = self._encode([segments])[0]
+        end = self._turn_end(tokens[-1])
+        if end is None:
+            raise ConfigError(
+                "the chat template ends an assistant's turn without an end-of-turn token: the model would never learn to stop",
+                f"it ends with {segments[-1].text!r}; the tokenizer's special tokens: {', '.join(map(str, self.tokenizer.all_special_tokens))}",
+                "Use another template with model.template=alpaca|plain, or one whose markers are tokens of this tokenizer.",
+            )
+        return tokens[-1][end]
+
+    # ---- segments ----
+
+    def _segments(self, record: Record, where: str) -> list[list[Segment]]:
+        if record.kind == "prompts":
+            return [self._conversation(list(record.messages), range(0), where, generate=True)]
+        if record.kind == "pairs":
+            start = len(record.messages)
+            sides = [[*record.messages, *side] for side in (record.chosen, record.rejected)]
+            return [self._conversation(side, range(start, len(side)), where, generate=False) for side in sides]
+        count = len(record.messages)
+        first = count - 1 if self.train_on == "last_response" else 0
+        return [self._conversation(list(record.messages), range(first, count), where, generate=False)]
+
+    def _conversation(self, messages: list[Message], trained: range, where: str, generate: bool) -> list[Segment]:
+        """Segments of a conversation; assistant turns whose index is in ``trained`` carry loss."""
+        segments: list[Segment] = []
+        done = ""
+        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        for index in turns:
+            prompt, answered = self._render(messages[:index], True, where), self._render(messages[: index + 1], False, where)
+            if not answered.startswith(prompt):
+                raise ConfigError(
+                    "the chat template's generation prompt is not how it begins an assistant's turn: training and generation would differ",
+                    f"{where}: {_difference(prompt, answered)}".lstrip(": "),
+                    WAY_OUT,
+                )
+            if not prompt.startswith(done):
+                return self._last_turn_only(messages, turns, trained, where, generate)
+            segments += [Segment(prompt[len(done) :], False), Segment(answered[len(prompt) :], index in trained, response=True)]
+            done = answered
+        if not turns or turns[-1] != len(messages) - 1:
+            rest = self._render(messages, generate, where)
+            if not rest.startswith(done):
+                return self._last_turn_only(messages, turns, trained, where, generate)
+            segments.append(Segment(rest[len(done) :], False))
+        return [segment for segment in segments if segment.text]
+
+    def _last_turn_only(self, messages: list[Message], turns: list[int], trained: range, where: str, generate: bool) -> list[Segment]:
+        """For templates that rewrite earlier turns (dropped thoughts): the prompt in one piece, and the last response."""
+        if any(index in trained for index in turns[:-1]):
+            raise DataError(
+                "the chat template rewrites earlier turns as the conversation goes on, so not all of them can be trained in one row",
+                where,
+                "Train the last one with data.train_on=last_response, or give another template with model.template.",
+            )
+        if generate or turns[-1] != len(messages) - 1:
+            return [Segment(self._render(messages, generate, where), False)]
+        prompt, whole = self._render(messages[:-1], True, where), self._render(messages, False, where)
+        return [Segment(prompt, False), Segment(whole[len(prompt) :], turns[-1] in trained, response=True)]
+
+    def _render(self, messages: list[Message], generate: bool, where: str) -> str:
+        self._require_template()
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=generate, strftime_now=TODAY.strftime, date_string=TODAY.strftime("%d %b %Y")
+            )
+        except TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise DataError(f"the chat template refuses this conversation ({roles}): {error}", where, "Change the row, or give another template with model.template.") from error
+
+    def _require_template(self) -> None:
+        if not self.tokenizer.chat_template:
+            raise ConfigError("the tokenizer has no chat template, so nobody can say what a conversation looks like to the model", "model.template", WAY_OUT)
+
+    # ---- tokens ----
+
+    def _encode(self, conversations: list[list[Segment]]) -> list[list[list[int]]]:
+        """Ids of every segment, each tokenised by itself."""
+        texts = [segment.text for segments in conversations for segment in segments]
+        ids = self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"] if texts else []
+        flat = iter(ids)
+        found = [[list(next(flat)) for _ in segments] for segments in conversations]
+        if self._marks_beginnings:
+            for segments, parts in zip(conversations, found, strict=True):
+                for number in range(1, len(segments)):
+                    parts[number] = self._continued(segments[number - 1].text[-1], segments[number].text, parts[number])
+        return found
+
+    @cached_property
+    def _marks_beginnings(self) -> bool:
+        """Whether a text by itself starts with a token of its own, as SentencePiece marks a word's beginning."""
+        alone, after = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("b", "\nb"))
+        newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        return after != [*newline, *alone]
+
+    def _continued(self, before: str, text: str, alone: list[int]) -> list[int]:
+        """Ids of ``text`` as they follow the character ``before``; as they stand alone where the two would merge."""
+        both, first = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before + text, before))
+        return list(both[len(first) :]) if list(both[: len(first)]) == list(first) else alone
+
+    @cached_property
+    def _special(self) -> set[int]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        marks = {id for id, token in added if token.content.strip() and (token.special or not any(map(str.isspace, token.content)))}
+        return marks | set(self.tokenizer.all_special_ids)
+
+    def _turn_end(self, ids: list[int]) -> int | None:
+        """Position of the token that ends the turn: the last special one, with nothing but white space after it."""
+        for position in range(len(ids) - 1, -1, -1):
+            if ids[position] in self._special:
+                return position
+            if self.tokenizer.decode([ids[position]]).strip():
+                return None
+        return None
+
+    def _sequence(self, record: Record, where: str, segments: list[Segment], parts: list[list[int]]) -> Sequence:
+        ids = np.array([token for part in parts for token in part], np.int32)
+        weight = np.zeros(len(ids), np.float32)
+        start = 0
+        for segment, part in zip(segments, parts, strict=True):
+            if segment.trained:
+                end = self._turn_end(part)
+                if end is None or part[end] != self.end_of_turn:
+                    raise DataError(f"row {record.id} would be trained without its end of turn", where, "The chat template does not close this turn; give another with model.template.")
+                weight[start : start + end + 1] = 1.0
+            start += len(part)
+        if self.train_on == "all" and record.kind in ("sft", "binary"):
+            weight[1:] = 1.0
+        self._refuse_double_bos(ids, record, where)
+        label = int(record.label) if record.kind == "binary" and record.label is not None else -1
+        return Sequence(ids, weight, record.id, label)
+
+    def _plain_text(self, record: Record, where: str) -> Sequence:
+        """Tokens of a text as the tokenizer begins it, and the end-of-text token; all are trained but the first."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ConfigError("the tokenizer has no end-of-text token, so texts cannot be told apart", "data.format=text", "Use another tokenizer.")
+        ids = list(self.tokenizer(record.text, truncation=False, verbose=False)["input_ids"])
+        tokens = np.array(ids if ids[-1:] == [eos] else [*ids, eos], np.int32)
+        weight = np.ones(len(tokens), np.float32)
+        weight[:1] = 0.0
+        self._refuse_double_bos(tokens, record, where)
+        return Sequence(tokens, weight, record.id)
+
+    def _labelled(self, record: Record, where: str, max_length: int | None = None) -> Sequence:
+        if record.label not in self.labels:
+            raise DataError(f'row {record.id} has the label "{record.label}", which the training rows do not have', where, "Known: " + ", ".join(map(str, self.labels)))
+        cut: dict[str, Any] = {"truncation": max_length is not None, "max_length": max_length, "verbose": False}
+        ids = np.array(self.tokenizer(record.text, record.text_pair, **cut)["input_ids"], np.int32)
+        return Sequence(ids, np.zeros(len(ids), np.float32), record.id, list(self.labels).index(record.label))
+
+    def truncated(self, record: Record, sequence: Sequence, max_length: int, where: str) -> Sequence:
+        """The first ``max_length`` tokens; a labelled text is cut by its tokenizer, which keeps the closing token."""
+        if record.kind == "labels":
+            return self._labelled(record, where, max_length)
+        return Sequence(sequence.input_ids[:max_length], sequence.loss_weight[:max_length], sequence.record, sequence.label)
+
+    def _refuse_double_bos(self, ids: np.ndarray, record: Record, where: str) -> None:
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+            source = "its text begins with one, and the tokenizer adds another" if record.kind == "text" else "the chat template writes it twice, or the row begins with one"
+            raise DataError(f"row {record.id} begins with {self.tokenizer.bos_token} twice: {source}", where, "Remove one of them.")
+
+
+def _difference(expected: str, found: str) -> str:
+    same = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+    return f"the prompt goes on with {expected[same : same + 30]!r}, the conversation with {found[same : same + 30]!r}"

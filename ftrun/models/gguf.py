@@ -1,0 +1,78 @@
+"""GGUF files, converted once to a safetensors folder: a GGUF loads in half a minute, the folder in a second."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ftrun.context import cache_dir
+from ftrun.errors import ConfigError, ResourceError
+
+CONVERSION = "1"  # part of a cached folder's name: raise it when the conversion changes
+EXACT_BYTES = 2 * 2**30  # larger files are kept in bfloat16, which is below their own rounding
+
+
+def converted(gguf: Path) -> Path:
+    """The cached safetensors folder of a GGUF file, made the first time. Known by path, size and time of change."""
+    facts = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:12]
+    return convert_once(gguf, cache_dir() / "models" / f"{gguf.stem}-{key}-{CONVERSION}")
+
+
+def convert_once(gguf: Path, folder: Path, finish: Callable[[Any, Any], None] | None = None) -> Path:
+    """``folder``, filled from ``gguf`` unless it exists; written beside and renamed, by one process at a time.
+
+    ``finish`` may correct model and tokenizer before they are saved. Raises ConfigError where the package gguf is
+    missing or cannot read the file, ResourceError when the disk is full.
+    """
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("reading a GGUF file needs the package gguf", str(gguf), "pip install gguf")
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if folder.is_dir():  # another process converted it while this one waited
+            return folder
+        print(f"ftrun: converting {gguf.name} once, about half a minute ...", file=sys.stderr, flush=True)
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            _convert(gguf, unfinished, finish)
+            unfinished.rename(folder)
+        except OSError as error:
+            if error.errno == 28:
+                raise ResourceError(
+                    "the disk is full", str(folder.parent), "Set FTRUN_CACHE to a larger disk."
+                ) from error
+            raise ConfigError(f"{gguf.name} cannot be read: {error}", str(gguf)) from error
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise ConfigError(f"transformers cannot read {gguf.name}: {error}", str(gguf)) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path, finish: Callable[[Any, Any], None] | None) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = torch.float32 if gguf.stat().st_size <= EXACT_BYTES else torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+    # the weights are plain tensors now; these marks would make save_pretrained treat them as quantised
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if finish is not None:
+        finish(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,159 @@
+"""Where a model's files are: a folder, a GGUF file, a built-in model, or the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from ftrun.config.settings import ModelConfig
+from ftrun.errors import ConfigError, nearest
+from ftrun.models.demo import builtin
+from ftrun.models.gguf import converted
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def model_folder(model: ModelConfig, weights: bool = True) -> Path:
+    """The local folder that holds the model; a hub id is fetched into the hub's cache first.
+
+    ``weights=False`` settles for config and tokenizer. Raises ConfigError with the missing file or the nearest name.
+    """
+    path = model.path
+    if path.startswith("builtin:"):
+        return builtin(path.removeprefix("builtin:"))
+    local = Path(path).expanduser()
+    if path.endswith(".gguf"):
+        if not local.is_file():
+            raise _missing(local, "file")
+        return converted(local)
+    if local.is_dir():
+        _check_folder(local, weights)
+        return local
+    if local.is_file():
+        raise ConfigError(
+            f"{path} is a file", "model.path", "Name the folder that holds it, a .gguf file, or a hub id."
+        )
+    if _means_a_folder(path):
+        raise _missing(local, "folder")
+    folder = _from_hub(model, weights)
+    _check_folder(folder, weights)
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the model, shards in order."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else []
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Config, tokenizer and template files: what beside the weights decides what the model computes."""
+    names = {*TOKENIZER_FILES, "config.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"}
+    names |= {"added_tokens.json", "chat_template.jinja", "chat_template.json"}
+    return [folder / name for name in sorted(names) if (folder / name).is_file()]
+
+
+def _means_a_folder(path: str) -> bool:
+    """A hub id is NAME or OWNER/NAME; anything else, or a name below a folder that exists, was meant to be local."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
+
+
+def _missing(local: Path, kind: str) -> ConfigError:
+    parent = local.parent if local.parent.is_dir() else None
+    names = [entry.name for entry in parent.iterdir() if entry.is_dir() == (kind == "folder")] if parent else []
+    todo = nearest(local.name, names) if names else "" if parent else f"There is no folder {local.parent} either."
+    return ConfigError(f"there is no {kind} {local}", f"model.path={local}", todo)
+
+
+def _check_folder(folder: Path, weights: bool) -> None:
+    where = f"model.path={folder}"
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(f"{folder} holds an adapter, not a model", where, "Name its base model, or use run=RUN.")
+        ggufs = sorted(folder.glob("*.gguf"))
+        hint = (
+            f"Use model.path={ggufs[0]}."
+            if ggufs
+            else "A transformers folder has config.json, tokenizer and safetensors."
+        )
+        raise ConfigError(f"{folder} has no config.json", where, hint)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:4])})", where, "Copy the tokenizer's files there."
+        )
+    if not weights:
+        return
+    files = weight_files(folder)
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise ConfigError(
+            f"{folder} is incomplete: {absent[0]} is missing ({len(absent)} of {len(files)} files)", where
+        )
+    if not files:
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        hint = (
+            f"{pickles[0].name} is a pickle, which can run code; save the model again with safetensors."
+            if pickles
+            else ""
+        )
+        raise ConfigError(f"{folder} has no model.safetensors", where, hint)
+
+
+def _from_hub(model: ModelConfig, weights: bool) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    patterns = SIDE_FILES + (["*.safetensors"] if weights else []) + (["*.py"] if model.trust_remote_code else [])
+    where = f"model.path={model.path}"
+    offline = not _hub_answers()
+    try:
+        return Path(
+            snapshot_download(
+                model.path,
+                revision=model.revision,
+                local_files_only=offline,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*", "consolidated*"],  # copies of the weights in other layouts
+            )
+        )
+    except hub.HFValidationError as error:
+        raise ConfigError(f'"{model.path}" is neither a folder nor a hub id', where) from error
+    except hub.GatedRepoError as error:
+        raise ConfigError(
+            f"{model.path} asks for its licence to be accepted",
+            where,
+            "Accept it on the hub and log in with `hf auth login`.",
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise ConfigError(
+            f"{model.path} has no revision {model.revision}", f"model.revision={model.revision}"
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise ConfigError(f"the hub has no model {model.path}, and there is no such folder", where) from error
+    except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError) as error:
+        raise ConfigError(
+            f"{model.path} is not on this machine, and the hub cannot be reached",
+            where,
+            "Name a local folder, or use model.path=builtin:smollm2_135m, which needs no network.",
+        ) from error
+
+
+def _hub_answers(seconds: float = 3.0) -> bool:
+    """Whether the hub answers at once; its own client would retry for minutes."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
+        return False
+    import httpx
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds, follow_redirects=False)
+    except (httpx.HTTPError, OSError):
+        return False
+    return True

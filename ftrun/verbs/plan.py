@@ -1,0 +1,165 @@
+"""``ftrun plan``: parameters, memory and time of every stage, before any weight is loaded."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftrun.chain import Chain, logical_parameters
+from ftrun.config.compose import Composed
+from ftrun.config.values import parse_budget
+from ftrun.config.settings import Settings
+from ftrun.data.batches import Plan
+from ftrun.data.pool import load_pool
+from ftrun.models.architecture import Architecture, describe
+from ftrun.models.bundle import Bundle
+from ftrun.models.load import load_tokenizer, meta_model
+from ftrun.training.signals import StopSignals
+from ftrun.verbs.trained import plain_context
+
+# bytes of activations kept for the backward pass, in units of width x dtype bytes, for one token of one layer:
+# inputs of the linears, norms, attention and the gated MLP (measured on Llama-shaped models)
+ACTIVATIONS_PER_LAYER = 16.0
+MLP_ACTIVATIONS = 4.0  # the same for the inner width of the MLP
+
+
+@dataclass
+class Stage:
+    name: str
+    tokens: float
+    flops: float
+    memory: float
+
+
+def plan(composed: Composed) -> dict[str, Any]:
+    """Print the estimate as tables and return it. Nothing is loaded but the rows and the tokenizer."""
+    settings = composed.settings
+    ctx = plain_context(settings, Path("."))
+    chain = Chain(ctx, composed, [], StopSignals())
+    pool = load_pool(settings.data, chain.work, settings.seed)
+    table = chain.prepare(pool, "rows").table
+    lengths = np.asarray(table.lengths).reshape(len(table), -1).sum(axis=1)
+    model = meta_model(settings.model, settings.task)
+    total, embedding = logical_parameters(model), _embedding(model)
+    architecture = describe(model)
+    trainable = _trainable(settings, model, architecture, ctx)
+    stages = _stages(settings, lengths, total, trainable, embedding, architecture)
+    speed = _matmul_speed(ctx.team.device)
+    _print(ctx.report, settings, total, trainable, stages, speed)
+    for note in composed.notes:
+        ctx.report.note(note)
+    available = _available(ctx.team.device)
+    need = max(stage.memory for stage in stages)
+    if need > available:
+        ctx.report.warn(f"about {need / 2**30:.1f} GiB are needed, {available / 2**30:.1f} GiB are there: lower train.batch_tokens or data.max_length, use quant=nf4 with an adapter, or train.gradient_checkpointing=true")
+    return {
+        "total_parameters": total,
+        "trainable_parameters": trainable,
+        "rows": len(table),
+        "fits": need <= available,
+        "available_bytes": available,
+        "stages": {stage.name: {"tokens": stage.tokens, "memory_bytes": stage.memory, "seconds": stage.flops / speed} for stage in stages},
+    }
+
+
+def _trainable(settings: Settings, model: torch.nn.Module, architecture: Architecture, ctx: Any) -> int:
+    """Trainable parameters, by attaching the adapter to the model without weights."""
+    slot, knobs = settings.slots["adapter"]
+    if "init_lora_weights" in knobs:
+        knobs = knobs | {"init_lora_weights": True}  # the others look at weights; the shapes are the same
+    from ftrun.registry import build
+
+    adapter = build("adapter", slot, knobs)
+    tokenizer = load_tokenizer(settings.model)
+    ctx.bundle = Bundle(model, tokenizer, architecture, torch.device("meta"), torch.float32, settings.model.path, "", architecture.context_length)
+    attached = adapter.attach(model, ctx)
+    adapter.bind(torch.optim.SGD([p for p in attached.parameters() if p.requires_grad], lr=0.0))
+    adapter.before_step(0)
+    return sum(p.numel() for p in attached.parameters() if p.requires_grad)
+
+
+def _stages(settings: Settings, lengths: np.ndarray, total: int, trainable: int, embedding: int, architecture: Architecture) -> list[Stage]:
+    body = total - embedding  # looking a token up costs nothing; the head is part of the body unless it is tied
+    weight_bytes = _weight_bytes(settings, total, architecture)
+    width, layers = architecture.width, len(architecture.layers)
+    stages = []
+    picked = lengths
+    if settings.choice("select") != "none":
+        tokens = float(lengths.sum()) * _passes(settings)
+        stages.append(Stage("select", tokens, 2.0 * (body + embedding) * tokens, weight_bytes + settings.select.batch_tokens * width * 4 * 12))
+        picked = _picked(lengths, settings)
+    run = Plan.of(len(picked), settings.train.batch_size, settings.train.epochs, settings.train.max_steps, settings.seed)
+    step_tokens = float(picked.mean()) * settings.train.batch_size
+    micro = min(float(settings.train.batch_tokens), step_tokens * 1.5) + float(picked.max()) * (picked.max() > settings.train.batch_tokens)
+    passes = 6.0 if trainable > 0.5 * total else 4.0  # a frozen weight needs no gradient of its own
+    kept = 1.0 if settings.train.gradient_checkpointing else float(layers)
+    activations = micro * kept * 4 * (ACTIVATIONS_PER_LAYER * width + MLP_ACTIVATIONS * 3 * width)
+    optimizer = trainable * (4 + settings.component("optim").state_bytes())
+    tokens = step_tokens * run.steps
+    stages.append(Stage("train", tokens, passes * total * tokens * (4 / 3 if settings.train.gradient_checkpointing else 1), weight_bytes + optimizer + activations))
+    return stages
+
+
+def _passes(settings: Settings) -> float:
+    """Forward passes that the scorer makes over a row, relative to its length."""
+    return float(getattr(settings.component("select"), "passes", 1.0))
+
+
+def _picked(lengths: np.ndarray, settings: Settings) -> np.ndarray:
+    budget = parse_budget(settings.budget)
+    if budget is None:
+        return lengths
+    kind, amount = budget
+    rows = amount if kind == "rows" else amount * len(lengths) if kind == "share" else amount / max(1.0, lengths.mean())
+    return lengths[: max(1, min(len(lengths), round(rows)))]
+
+
+def _weight_bytes(settings: Settings, total: int, architecture: Architecture) -> float:
+    bits = settings.component("quant").bits()
+    plain = 4 if not torch.cuda.is_available() else 2
+    if bits is None:
+        return float(total * plain)
+    linears = total - architecture.vocabulary * architecture.width * (1 if architecture.tied else 2)
+    return linears * bits / 8 + (total - linears) * plain
+
+
+def _embedding(model: Any) -> int:
+    return model.get_input_embeddings().weight.numel()
+
+
+def _matmul_speed(device: torch.device) -> float:
+    """Multiply-add operations a second of a large matmul here, halved: what a training step reaches of it."""
+    size = 1024 if device.type == "cpu" else 8192
+    left, right = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    left @ right
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.2:
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - started) / 2
+
+
+def _available(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info()[0])
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
+        if line.startswith("MemAvailable"):
+            return float(line.split()[1]) * 1024
+    return float("inf")
+
+
+def _print(report: Any, settings: Settings, total: int, trainable: int, stages: list[Stage], speed: float) -> None:
+    from ftrun.reporting.numbers import duration
+
+    report.table(
+        f"{settings.recipe or 'plan'}: {total / 1e6:,.1f}M parameters, {trainable:,} train ({trainable / total:.2%})",
+        ["stage", "tokens", "memory (GiB)", "time, about"],
+        [[stage.name, round(stage.tokens), f"{stage.memory / 2**30:.2f}", duration(stage.flops / speed)] for stage in stages],
+    )

@@ -1,0 +1,188 @@
+"""The selection stage: what it writes, counts and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ftrun.config.settings import SelectConfig
+from ftrun.errors import ConfigError, DataError
+from ftrun.select.run import run_selection
+from ftrun.select.scoring import Scoring
+
+
+@pytest.fixture
+def select(context, bundle):
+    def run(pool, **asked):
+        ctx = context(**asked)
+        return run_selection(ctx.settings, pool, bundle, ctx), ctx
+
+    return run
+
+
+def read(ctx) -> tuple[pa.Table, list[dict], dict]:
+    folder = ctx.out / "selection"
+    lines = (folder / "selected.jsonl").read_text().splitlines()
+    return pq.read_table(folder / "scores.parquet"), [json.loads(line) for line in lines], json.loads((folder / "summary.json").read_text())
+
+
+def test_files_say_the_same_as_the_result(rows, make_pool, select):
+    pool = make_pool(rows)
+    selected, ctx = select(pool, select="superfiltering", budget=0.25)
+    scores, lines, summary = read(ctx)
+    ifd = selected.table.columns["ifd"]
+    admitted = np.flatnonzero(ifd < 1)
+    expected = admitted[np.argsort(-ifd[admitted], kind="stable")][:6]
+    assert selected.ids.tolist() == expected.tolist()
+    assert lines == [{**rows[place], "id": place} for place in expected]
+    assert scores.schema.names == ["id", "ifd", "conditional", "direct", "selected", "rank"]
+    assert [str(kind) for kind in scores.schema.types] == ["int64", "double", "double", "double", "bool", "int64"]
+    assert scores["id"].to_pylist() == list(range(24))
+    assert np.flatnonzero(scores["selected"].to_numpy()).tolist() == sorted(expected)
+    assert {place: rank for place, rank in enumerate(scores["rank"].to_pylist()) if rank} == {place: n for n, place in enumerate(expected, 1)}
+    assert summary["pool"] == 24
+    assert summary["picked"] == 6
+    assert summary["filtered"] == 24 - len(admitted)
+    assert summary["tokens"] == selected.table.lengths[expected].sum()
+    assert sorted(file.name for file in (ctx.out / "selection").iterdir()) == ["scores.parquet", "selected.jsonl", "summary.json"]
+
+
+def test_a_subset_keeps_its_row_numbers(rows, make_pool, select):
+    pool = make_pool(rows).subset(np.arange(4, 24))
+    _, ctx = select(pool, select="longest", budget=3)
+    scores, lines, _ = read(ctx)
+    assert scores["id"].to_pylist() == list(range(4, 24))
+    for line in lines:
+        assert line == {**rows[line["id"]], "id": line["id"]}
+
+
+def test_processes_write_the_same_file_once(rows, make_pool, context, bundle, together):
+    pool = make_pool(rows)
+    alone = context(select="superfiltering", budget=5, shared=SelectConfig(batch_tokens=64))
+    run_selection(alone.settings, pool, bundle, alone)
+    before = [(alone.out / "selection" / name).read_bytes() for name in ("scores.parquet", "selected.jsonl")]
+
+    def work(team):
+        ctx = context(select="superfiltering", budget=5, shared=SelectConfig(batch_tokens=64), team=team)
+        return run_selection(ctx.settings, pool, bundle, ctx).ids.tolist()
+
+    results = together(2, work)
+    assert results[0] == results[1]
+    assert [(alone.out / "selection" / name).read_bytes() for name in ("scores.parquet", "selected.jsonl")] == before
+
+
+def test_none_takes_every_row_in_order(rows, make_pool, select):
+    selected, ctx = select(make_pool(rows), select="none")
+    scores, lines, _ = read(ctx)
+    assert selected.ids.tolist() == list(range(24))
+    assert scores.schema.names == ["id", "selected", "rank"]
+    assert [line["id"] for line in lines] == list(range(24))
+
+
+def test_kmeans_random_works_without_a_scorer(rows, make_pool, select):
+    selected, _ = select(make_pool(rows), select="none", picker="kmeans_random", picker_knobs={"clusters": 4, "embedding": "model"}, budget=8)
+    assert len(set(selected.ids.tolist())) == 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"select": "random"}, "select=random needs a budget"),
+        ({"select": "none", "budget": 0.5}, "select=none takes every row"),
+        ({"select": "none", "picker": "top_k", "budget": 0.5}, "select=none gives none"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(rows, make_pool, select, asked, message):
+    with pytest.raises(ConfigError, match=message):
+        select(make_pool(rows), **asked)
+
+
+def test_threshold_does_without_a_budget(rows, make_pool, select):
+    selected, _ = select(make_pool(rows), select="longest", picker="threshold", picker_knobs={"minimum": 20})
+    tokens = selected.table.columns["tokens"]
+    assert 0 < len(selected.ids) < 24
+    assert sorted(selected.ids.tolist()) == np.flatnonzero(tokens >= 20).tolist()
+
+
+@pytest.mark.parametrize(("budget", "rows_taken"), [(0.29, 29), (1.0, 100), (7, 7)])
+def test_shares_round_down_exactly(make_pool, select, budget, rows_taken):
+    pool = make_pool([{"text": f"row {i}"} for i in range(100)])
+    assert len(select(pool, budget=budget)[0].ids) == rows_taken
+
+
+def test_a_budget_of_tokens(rows, make_pool, select):
+    selected, _ = select(make_pool(rows), select="longest", budget="100_tokens")
+    spent = selected.table.lengths[selected.ids]
+    assert spent.sum() <= 100 < spent.sum() + np.sort(selected.table.lengths)[::-1][len(spent)]
+
+
+def test_a_budget_beyond_the_rows_is_said(rows, make_pool, select):
+    selected, ctx = select(make_pool(rows), budget=100)
+    assert len(selected.ids) == 24
+    assert "asks for 100 rows, 24 are picked" in ctx.report.warnings[0]
+
+
+@pytest.fixture
+def half_scored(make_pool):
+    rows = [{"prompt": f"what is {i}", "completion": f"answers: {i} yes"} for i in range(8)]
+    return make_pool([*rows, {"prompt": "one", "completion": "a"}, {"prompt": "two", "completion": "b"}])
+
+
+def test_rows_without_a_score_are_counted_and_left_out(half_scored, select):
+    selected, ctx = select(half_scored, select="superfiltering", picker="threshold", picker_knobs={"minimum": 0})
+    scores, _, summary = read(ctx)
+    assert summary["unscored"] == {"rows": 2, "reasons": {"a one-token response has no direct loss": {"rows": 2, "ids": [8, 9]}}}
+    assert np.isnan(scores["ifd"].to_numpy()[8:]).all()
+    assert not {8, 9} & set(selected.ids.tolist())
+
+
+def test_unscored_keep_picks_them_last(half_scored, select):
+    selected, _ = select(half_scored, select="superfiltering", budget=10, shared=SelectConfig(unscored="keep"))
+    assert selected.ids.tolist()[-2:] == [8, 9]
+
+
+def test_nothing_picked_is_refused(make_pool, select):
+    pool = make_pool([{"prompt": "one", "completion": "a"}])
+    with pytest.raises(DataError, match="picks nothing") as refused:
+        select(pool, select="superfiltering", budget=1)
+    assert "1 rows: 1 without a score" in str(refused.value)
+    assert "one-token response" in str(refused.value)
+    with pytest.raises(DataError, match="picks nothing"):
+        select(make_pool([{"text": "a"}, {"text": "b"}]), budget=0.1)
+
+
+def test_an_id_of_the_row_itself_is_not_lost(make_pool, select):
+    _, ctx = select(make_pool([{"id": "abc", "text": "one"}]), budget=1)
+    assert read(ctx)[1] == [{"id": 0, "original_id": "abc", "text": "one"}]
+
+
+def test_a_killed_selection_goes_on(rows, make_pool, select, monkeypatch):
+    pool, asked = make_pool(rows), {"select": "superfiltering", "budget": 5, "shared": SelectConfig(batch_tokens=64)}
+    compute, computed = Scoring._compute, []
+
+    def count(limit: int):
+        def counted(self, texts, name, measure, keys, places):
+            if len(computed) >= limit:
+                raise KeyboardInterrupt
+            computed.extend(keys)
+            return compute(self, texts, name, measure, keys, places)
+
+        monkeypatch.setattr(Scoring, "_compute", counted)
+
+    count(1000)
+    expected = select(pool, **asked)[0].table.columns["ifd"]
+    texts = len(computed)
+    computed.clear()
+    count(30)
+    with pytest.raises(KeyboardInterrupt):
+        select(pool, **asked)
+    assert 30 <= len(computed) < texts
+    count(1000)
+    selected, ctx = select(pool, **asked)
+    np.testing.assert_array_equal(selected.table.columns["ifd"], expected)
+    assert len(computed) == texts  # none twice
+    assert not (ctx.out / "selection" / "shards").exists()
