@@ -33,6 +33,7 @@ from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_bundle, load_config, load_tokenizer
 from ftrun.objectives.base import Objective
 from ftrun.reporting.html import write_report
+from ftrun.reporting.terminal import results_table
 from ftrun.select.run import run_selection
 from ftrun.tokens.run import run_tokens
 from ftrun.training import checkpoint, memory
@@ -175,15 +176,17 @@ class Chain:
         if self.ctx.team.is_main and self.ctx.out.exists():
             write_json(self.ctx.out / "lock.json", lockfile.describe(self.command, self.settings.seed, self.ctx.facts))
             write_json(self.ctx.out / "summary.json", summary)
+            page = write_report(self.ctx.out)
             if status == "done":
-                self.report.note(f"report: {write_report(self.ctx.out)}")
+                results_table(self.ctx.out, self.report)
+                self.report.note(f"report: {page}")
         return json.loads(json.dumps(summary, default=str))
 
     # ---- the stages ----
 
     def _stages(self) -> None:
         stages, select = self.settings.stages, self.settings.choice("select")
-        with self.report.task("read rows", None, unit="rows") as bar:
+        with self.report.task("reading", None, unit="rows") as bar:
             pool = load_pool(self.settings.data, self.work, self.settings.seed)
             bar.advance(len(pool))
         for note in pool.notes:
@@ -317,7 +320,7 @@ class Chain:
         if self.ctx.bundle is not None:
             return
         settings = self.settings
-        with self.report.task("load model", None), memory.memory_guard("loading the model", "Use quant=nf4, or a smaller model."):
+        with self.report.task("loading the model", None), memory.memory_guard("loading the model", "Use quant=nf4, or a smaller model."):
             labels = len(self.labels) if settings.task == "classify" else None
             bundle = load_bundle(settings.model, task=settings.task, quant=settings.component("quant"), device=self.ctx.team.device, labels=labels)
         if settings.task == "causal":
@@ -359,9 +362,10 @@ class Chain:
         if not named:
             raise ConfigError("nothing would be trained: no parameter is trainable", f"adapter={settings.choice('adapter')}", "Choose an adapter, or quant=none for full fine-tuning.")
         self.ctx.team.broadcast_([p for _, p in named])
-        self.counts["trainable"] = sum(p.numel() for _, p in named)
         optimizer = settings.component("optim").build(named)
         adapter.bind(optimizer)
+        adapter.before_step(0)  # some train only a part at a time
+        self.counts["trainable"] = sum(p.numel() for _, p in named if p.requires_grad)
         self.trainer = Trainer(
             ctx=self.ctx,
             bundle=bundle,

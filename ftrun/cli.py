@@ -210,7 +210,6 @@ def _through_hydra(line: CommandLine) -> int:
         overrides = list(state.overrides.task)
         choices: dict[str, Any] = OmegaConf.to_container(state.runtime.choices)  # type: ignore[assignment]
         try:
-            compose.populate([compose.recipes.find(name) for name in compose._recipe_names(overrides)])
             result = execute(line.verb, compose.resolve(config, choices, overrides), CommandLine(line.verb, overrides))
         except FtrunError as error:
             failed.append(say(error))
@@ -221,8 +220,6 @@ def _through_hydra(line: CommandLine) -> int:
             print(json.dumps(result), flush=True)
         return (result or {}).get("final_loss")
 
-    names = compose._recipe_names(line.overrides)
-    compose.populate([compose.recipes.find(name) for name in names])
-    sys.argv = ["ftrun", *line.hydra_flags, *(compose._with_recipe_stem(o) for o in line.overrides)]
+    sys.argv = ["ftrun", *line.hydra_flags, *compose.prepare(line.overrides)]
     job()
     return failed[0] if failed else 0

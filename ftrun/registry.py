@@ -175,7 +175,7 @@ def read_dataclass(path: Path, name: str) -> dict[str, Knob]:
                 continue
             if item.value is None:
                 raise ConfigError(f"{name}.{item.target.id} in {owner} has no default; every knob needs one")
-            kind = eval(annotation, {"__builtins__": {}}, _TYPE_NAMES)  # noqa: S307 - our own source, names fixed above
+            kind = eval(annotation, {"__builtins__": {}}, _TYPE_NAMES)
             # the formatter moves the comment of a long line into parentheses, behind the value
             help_text = _comment_after(item, lines) or _comment_after(item.value, lines)
             knobs[item.target.id] = Knob(item.target.id, kind, _default(item.value), help_text)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ftrun import registry
-from ftrun.config import recipes, store
+from ftrun.config import recipes
 from ftrun.config.compose import load
 from ftrun.config.recipes import DEFAULT_CHOICES, Recipe
-from ftrun.config.settings import SECTIONS
+from ftrun.config.settings import SECTIONS, root_knobs, section_knobs, shared_select_knobs
 from ftrun.registry import Knob, Spec, type_name
 from ftrun.reporting.catalogue import first_sentence, link, plain, sections, special_choices
 
@@ -38,7 +38,13 @@ def pages() -> dict[Path, str]:
 
 def index(found: list[Recipe]) -> str:
     rows = [
-        [f"[{recipe.name}](recipes/{recipe.name}.md)", _choices(recipe), recipe.paper.get("year", ""), recipe.fidelity, first_sentence(recipe.about)]
+        [
+            f"[{recipe.name}](recipes/{recipe.name}.md)",
+            _choices(recipe),
+            recipe.paper.get("year", ""),
+            recipe.fidelity,
+            first_sentence(recipe.about),
+        ]
         for recipe in found
     ]
     return (
@@ -58,16 +64,29 @@ def recipe_page(recipe: Recipe) -> str:
     text += f"**Paper.** {paper.get('authors', '')} ({paper.get('year', '')}). [{paper.get('title', '')}]({link(paper)})\n\n"
     text += f"**Fidelity.** {recipe.fidelity}\n\n**Differences from the paper or its code.**\n\n"
     text += "".join(f"- {line}\n" for line in recipe.differences) or "None known.\n"
-    text += "\n## Run it\n\n```bash\n" + "".join(f"{command}\n" for command in recipe.usage) + "```\n\n## Components\n\n"
-    rows = [[slot, _component_link(slot, name)] for slot, name in DEFAULT_CHOICES.items() for name in [recipe.choice(slot)]]
+    text += (
+        "\n## Run it\n\n```bash\n" + "".join(f"{command}\n" for command in recipe.usage) + "```\n\n## Components\n\n"
+    )
+    rows = [
+        [slot, _component_link(slot, name)] for slot, name in DEFAULT_CHOICES.items() for name in [recipe.choice(slot)]
+    ]
     text += _table(["slot", "choice"], rows) + "\n## Knobs\n\nBold values are this recipe's own.\n"
     plain_sections = set(SECTIONS) - {"train", "data"}
     for title, values in sections(composed.settings, recipe, []):
-        shown = [value for value in values if value.origin != "default"] if title in plain_sections | {"top level"} else values
+        shown = (
+            [value for value in values if value.origin != "default"]
+            if title in plain_sections | {"top level"}
+            else values
+        )
         if not shown:
             continue
         rows = [
-            [f"`{value.key}`", _bold(f"`{plain(value.value)}`", value.origin == "recipe"), type_name(value.knob.type), value.knob.help]
+            [
+                f"`{value.key}`",
+                _bold(f"`{plain(value.value)}`", value.origin == "recipe"),
+                type_name(value.knob.type),
+                value.knob.help,
+            ]
             for value in shown
         ]
         text += f"\n### {title.split('  (')[0]}\n\n" + _table(["knob", "value", "type", "meaning"], rows)
@@ -75,9 +94,15 @@ def recipe_page(recipe: Recipe) -> str:
 
 
 def components() -> str:
-    text = f"{MADE}# Components\n\nOne slot a section; `slot=name` on the command line chooses, `slot.knob=value` sets.\n"
+    text = (
+        f"{MADE}# Components\n\nOne slot a section; `slot=name` on the command line chooses, `slot.knob=value` sets.\n"
+    )
     for slot in registry.SLOTS:
-        text += f"\n## {slot}\n\nThis slot {SLOT_ROLES[slot]}.\n" if slot in ("select", "picker", "tokens", "adapter") else f"\n## {slot}\n\n{SLOT_ROLES[slot].capitalize()}.\n"
+        text += (
+            f"\n## {slot}\n\nThis slot {SLOT_ROLES[slot]}.\n"
+            if slot in ("select", "picker", "tokens", "adapter")
+            else f"\n## {slot}\n\n{SLOT_ROLES[slot].capitalize()}.\n"
+        )
         for spec in registry.specs(slot).values():
             text += _component(spec)
     return text
@@ -94,15 +119,25 @@ def _component(spec: Spec) -> str:
 
 def settings() -> str:
     text = f"{MADE}# Settings\n\nKeys that every recipe has.\n\n## Top level\n\n"
-    text += _knobs({name: knob for name, knob in store.root_knobs().items() if name not in ("paper", "fidelity", "differences")}, "")
-    text += "\n## select\n\nBeside the knobs of the chosen scorer:\n\n" + _knobs(store.shared_select_knobs(), "select.")
+    text += _knobs(
+        {name: knob for name, knob in root_knobs().items() if name not in ("paper", "fidelity", "differences")}, ""
+    )
+    text += "\n## select\n\nBeside the knobs of the chosen scorer:\n\n" + _knobs(shared_select_knobs(), "select.")
     for section in SECTIONS:
-        text += f"\n## {section}\n\n" + _knobs(store.section_knobs(section), f"{section}.")
+        text += f"\n## {section}\n\n" + _knobs(section_knobs(section), f"{section}.")
     return text
 
 
 def _knobs(knobs: dict[str, Knob], prefix: str) -> str:
-    rows = [[f"`{prefix}{knob.name if name != 'model.path' else name}`", f"`{plain(knob.default)}`", type_name(knob.type), knob.help] for name, knob in knobs.items()]
+    rows = [
+        [
+            f"`{prefix}{knob.name if name != 'model.path' else name}`",
+            f"`{plain(knob.default)}`",
+            type_name(knob.type),
+            knob.help,
+        ]
+        for name, knob in knobs.items()
+    ]
     return _table(["knob", "default", "type", "meaning"], rows)
 
 
@@ -129,7 +164,9 @@ def _table(heads: list[str], rows: list[list[Any]]) -> str:
 def outdated() -> list[str]:
     """Pages that differ from what would be written, are missing, or are left over."""
     wanted = pages()
-    wrong = [str(path) for path, text in wanted.items() if not (DOCS / path).is_file() or (DOCS / path).read_text() != text]
+    wrong = [
+        str(path) for path, text in wanted.items() if not (DOCS / path).is_file() or (DOCS / path).read_text() != text
+    ]
     return wrong + [str(left) for path in DOCS.rglob("*.md") if (left := path.relative_to(DOCS)) not in wanted]
 
 

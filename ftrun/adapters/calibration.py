@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ftrun.data.batches import Batch
 
-EVA_PASSES = 200  # over the calibration batches, before EVA is given up as not converging
+EVA_PASSES = 50  # over the calibration batches, before EVA is given up as not converging
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:

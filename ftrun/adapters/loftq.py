@@ -26,8 +26,9 @@ def loftq(
     for _ in range(iterations):
         residual = weight - b @ a
         u, s, v = torch.linalg.svd(weight - round_trip(residual), full_matrices=False)
-        root = s[:rank].sqrt()
-        b, a = u[:, :rank] * root, root[:, None] * v[:rank]
+        kept = min(rank, len(s))  # a rank above the weight's own leaves the rest of B and A at zero
+        root = s[:kept].sqrt()
+        b[:, :kept], a[:kept] = u[:, :kept] * root, root[:, None] * v[:kept]
     return residual, b, a
 
 
@@ -38,9 +39,8 @@ def initialise(model: Any, iterations: int) -> None:
 
     base = model.get_base_model()
     weights = full_precision(base)
-    for name, layer in base.named_modules():
-        if not isinstance(layer, Linear4bit):
-            continue
+    layers: dict[str, Any] = {name: module for name, module in base.named_modules() if isinstance(module, Linear4bit)}
+    for name, layer in layers.items():
         linear = layer.get_base_layer()
         full = weights[f"{name}.weight"].to(linear.weight.device, torch.float32)
         residual, b, a = loftq(
@@ -70,10 +70,11 @@ def full_precision(base: Any) -> dict[str, Tensor]:
 
 def quantised(weight: Tensor, like: Any) -> Any:
     """``weight`` rounded to 4 bits with the settings of the linear ``like``."""
-    from bitsandbytes.nn import Params4bit
+    from bitsandbytes.nn.modules import Params4bit
 
+    kind: Any = Params4bit  # its stub hides __new__'s arguments
     old = like.weight
-    return Params4bit(
+    return kind(
         weight.contiguous(),
         requires_grad=False,
         quant_type=old.quant_type,

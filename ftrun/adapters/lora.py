@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ftrun.adapters.none import load_again
-from ftrun.adapters.peft_adapter import PeftAdapter, loadable_path, resolve_targets, task_type
+from ftrun.adapters.peft_adapter import PeftAdapter, resolve_targets, task_type
 from ftrun.errors import CheckpointError, ComponentError, ConfigError, nearest
 from ftrun.registry import register
 
@@ -160,7 +157,7 @@ class Lora(PeftAdapter):
         return LoraConfig(
             task_type=task_type(ctx),
             r=self.r,
-            lora_alpha=whole(self.lora_alpha),
+            lora_alpha=whole(self.lora_alpha),  # type: ignore[arg-type]
             lora_dropout=self.lora_dropout,
             target_modules=resolve_targets(targets, ctx),
             exclude_modules=self.exclude_modules,
@@ -217,6 +214,8 @@ class Lora(PeftAdapter):
         """The model before training; where switching LoRA off would not give it, by putting the start back."""
         start = getattr(self, "_start", None)
         if start is not None:
+            from ftrun.adapters.lora_start import put_back
+
             return put_back(model, start)
         return None if self.bias != "none" else super().disabled(model)
 
@@ -227,6 +226,8 @@ class Lora(PeftAdapter):
             loftq.save_base(model, folder / "base")
             model.peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
         if self.init in CHANGE_BASE and self._start is not None:
+            from ftrun.adapters.lora_start import save_difference
+
             return save_difference(model, self._start, folder / "adapter")
         return super().save(model, folder)
 
@@ -265,49 +266,3 @@ class Lora(PeftAdapter):
 def whole(number: float) -> int | float:
     """16.0 as 16: other programs that read adapter_config.json expect an integer alpha."""
     return int(number) if float(number).is_integer() else number
-
-
-@contextmanager
-def put_back(model: nn.Module, start: dict[str, Tensor]) -> Iterator[None]:
-    """Trained parameters hold their starting values inside."""
-    changed = [
-        (parameter, parameter.data, start[name]) for name, parameter in model.named_parameters() if name in start
-    ]
-    for parameter, _, before in changed:
-        parameter.data = before
-    try:
-        yield
-    finally:
-        for parameter, trained, _ in changed:
-            parameter.data = trained
-
-
-def save_difference(model: Any, start: dict[str, Tensor], folder: Path) -> Path:
-    """Write ``s B A - s B0 A0`` as an ordinary LoRA of rank 2r on the original base: ``[B, -B0] [A; A0]``."""
-    import torch
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    first = get_peft_model_state_dict(model, state_dict=model.state_dict() | start, save_embedding_layers=False)
-    for name in state:
-        if ".lora_A." in name:
-            state[name] = torch.cat([state[name], first[name]], dim=0)
-        elif ".lora_B." in name:
-            state[name] = torch.cat([state[name], -first[name]], dim=1)
-    config = copy.deepcopy(model.peft_config["default"])
-    factor = math.sqrt(2) if config.use_rslora else 2  # keeps the scale: alpha / sqrt(r), or alpha / r
-    config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * factor
-    config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
-    config.init_lora_weights, config.corda_config, config.lora_ga_config = True, None, None
-    config.inference_mode = True
-    config.base_model_name_or_path = loadable_path(model.get_base_model())
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: value.contiguous() for name, value in state.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-    config.save_pretrained(folder)
-    return folder

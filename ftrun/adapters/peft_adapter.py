@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 
 KINDS = ("attention", "mlp", "q", "k", "v", "o", "gate", "up", "down")
 
-# warnings of peft about what is taken care of here: EVA's memory, and PiSSA's file with rsLoRA (see lora.py)
-SETTLED = ("lora with eva initialization", "Using Rank-Stabilized LoRA with rank_pattern")
+# warnings of peft that a user can do nothing about, or that lora_start.py takes care of
+SETTLED = (
+    "lora with eva initialization",
+    "Using Rank-Stabilized LoRA with rank_pattern",
+    "`is_gradient_checkpointing` is deprecated",
+    "Full backward hook is firing",
+)
 
 
 @dataclass

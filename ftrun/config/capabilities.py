@@ -32,7 +32,10 @@ def check_mix(chosen: list[Spec]) -> None:
 
 def _way_out(needy: Spec, taker: Spec, capability: str) -> str:
     ways = []
-    for culprit, blocked in ((taker, lambda spec: capability in spec.lacks), (needy, lambda spec: capability in spec.needs)):
+    for culprit, blocked in (
+        (taker, lambda spec: capability in spec.lacks),
+        (needy, lambda spec: capability in spec.needs),
+    ):
         others = [spec.name for spec in registry.specs(culprit.slot).values() if not blocked(spec)]
         if others:
             # the plainest choice is the best advice: none, then the slot's best-known component

@@ -16,13 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ftrun import registry
 from ftrun.config import capabilities, recipes
-from ftrun.config.explain import explain, parse
+from ftrun.config.explain import explain, parse, slot_taken_away
 from ftrun.config.recipes import DEFAULT_CHOICES, Recipe
 from ftrun.config.schema import check_section
-from ftrun.config.settings import SECTIONS, SelectConfig, Settings
-from ftrun.config.store import CHOSEN, RECIPE_FILE, ROOT, SINGLE_SLOTS, populate, root_knobs, section_knobs, shared_select_knobs
+from ftrun.config.settings import SECTIONS, SelectConfig, Settings, root_knobs, section_knobs, shared_select_knobs
+from ftrun.config.store import CHOSEN, RECIPE_FILE, ROOT, SINGLE_SLOTS, populate
 from ftrun.config.values import check_values
-from ftrun.errors import ConfigError
+from ftrun.errors import ConfigError, nearest
 from ftrun.registry import Spec
 
 
@@ -91,9 +91,9 @@ def resolve(config: DictConfig, choices: dict[str, Any], overrides: Sequence[str
         raise ConfigError("a ${...} in the config cannot be resolved", " ".join(str(error).split())) from None
     file = raw.pop(RECIPE_FILE, None)
     recipe = recipes.find(file) if file else None
-    for slot, plainest in DEFAULT_CHOICES.items():
+    for slot in DEFAULT_CHOICES:
         if slot != "eval" and slot not in choices:
-            raise ConfigError(f"the slot {slot} was taken away", f"~{slot}", f"Name the plainest choice: {slot}={plainest}.")
+            raise slot_taken_away(slot)
     try:
         settings = _settings(raw, choices, recipe)
     except ConfigError as error:
@@ -119,6 +119,9 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
         section: cls(**check_section(raw.pop(section, {}), section_knobs(section), section))
         for section, cls in SECTIONS.items()
     }
+    for key in set(raw) - set(root_knobs()):
+        todo = nearest(key, [*root_knobs(), *DEFAULT_CHOICES, *SECTIONS])
+        raise ConfigError(f'there is no key "{key}"', f"{key}={raw[key]}", todo)
     scalars = check_section(raw, root_knobs(), "")
     scalars["recipe"] = recipe.name if recipe else None
     capabilities.check_mix(specs)
@@ -174,7 +177,9 @@ def _notes(recipe: Recipe | None, settings: Settings) -> list[str]:
         block = recipe.blocks.get(slot)
         if block and settings.choice(slot) != recipe.choice(slot):
             dropped = ", ".join(f"{key}={value}" for key, value in block.items())
-            notes.append(f"{slot}={settings.choice(slot)} replaces {recipe.choice(slot)}; the recipe's {dropped} went with it")
+            notes.append(
+                f"{slot}={settings.choice(slot)} replaces {recipe.choice(slot)}; the recipe's {dropped} went with it"
+            )
     running = {name for name, _ in settings.eval}
     idle = [name for name in recipe.blocks.get("eval", {}) if name not in running]
     notes += [f"eval.{name} of the recipe is not used: that evaluator does not run" for name in idle]

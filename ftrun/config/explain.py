@@ -30,7 +30,9 @@ def parse(overrides: Sequence[str]) -> list[Override]:
             parsed += parser.parse_overrides([override])
         except HydraException as error:
             if "=" not in override:
-                raise ConfigError(f'"{override}" is not of the form key=value', override, "Write it as key=value.") from None
+                raise ConfigError(
+                    f'"{override}" is not of the form key=value', override, "Write it as key=value."
+                ) from None
             reason = " ".join(str(error).split("See https")[0].split())
             todo = "Quote values with special characters: 'key=\"a, b\"'."
             raise ConfigError("an override cannot be read", f"{override}: {reason}", todo) from None
@@ -44,6 +46,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
         if override.is_sweep_override():
             todo = "Put -m right after the verb to run every one of them, or write a list: 'key=[a,b]'."
             return ConfigError(f"{override.key_or_group} has several values", str(override.input_line), todo)
+        if override.is_delete() and override.key_or_group in DEFAULT_CHOICES:
+            return slot_taken_away(override.key_or_group)
     chosen = [override for override in parsed if override.key_or_group in CHOICES and not override.is_delete()]
     for override in chosen:
         if override.key_or_group != "recipe":
@@ -57,6 +61,11 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
             if wrong:
                 return wrong
     return ConfigError("the config cannot be composed", " ".join(str(error).split()))
+
+
+def slot_taken_away(slot: str) -> ConfigError:
+    plainest = f"Name the plainest choice: {slot}={DEFAULT_CHOICES[slot]}."
+    return ConfigError(f"the slot {slot} was taken away", f"~{slot}", plainest)
 
 
 def check_choice(slot: str, name: Any) -> None:
@@ -90,13 +99,12 @@ def _unknown_key(override: Override, tree: dict[str, Any]) -> ConfigError | None
     key, line = override.key_or_group, str(override.input_line)
     parts = key.split(".")
     if parts[0] == "eval" and len(parts) > 1 and parts[1] not in tree["eval"] and parts[1] in registry.specs("eval"):
-        return ConfigError(f"{key} is set, but that evaluator does not run", line, _add_evaluator([*tree["eval"], parts[1]]))
+        return ConfigError(
+            f"{key} is set, but that evaluator does not run", line, _add_evaluator([*tree["eval"], parts[1]])
+        )
     node: Any = tree
-    for depth, part in enumerate(parts):
+    for part in parts:
         if not isinstance(node, dict) or part not in node:
-            if depth and isinstance(node, dict) and not node and parts[0] not in registry.SLOTS:
-                section = ".".join(parts[:depth])  # a knob that is a dict, such as data.columns
-                return ConfigError(f'"{section}" has no entry "{part}" yet', line, f"Write a leading plus: +{line}")
             return ConfigError(f'there is no key "{key}"', line, _suggest(key, tree))
         node = node[part]
     return None
@@ -124,11 +132,13 @@ def _suggest(key: str, tree: dict[str, Any]) -> str:
         return f'Did you mean "{(same or close)[0]}"?' if len(same) == 1 or not close else f'Did you mean "{close[0]}"?'
     section = key.rpartition(".")[0]
     inside = [name.removeprefix(f"{section}.") for name in known if section and name.startswith(f"{section}.")]
-    return nearest(last, inside or [name for name in known if "." not in name] + list(tree))
+    return nearest(last, inside or {name for name in known if "." not in name} | set(tree))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
     names: list[str] = []
     for key, value in tree.items():
+        if key in registry.SLOTS and not value:
+            continue  # its component has no knobs
         names += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
     return names

@@ -20,7 +20,9 @@ def load_settings(run: str | Path | None) -> tuple[Path, Settings]:
     folder = Path(run)
     file = folder / "config.yaml"
     if not file.exists():
-        raise ConfigError(f"there is no run in {folder}", f"run={folder}", "Give the folder of a run: the one that holds config.yaml.")
+        raise ConfigError(
+            f"there is no run in {folder}", f"run={folder}", "Give the folder of a run: the one that holds config.yaml."
+        )
     return folder, settings_from(OmegaConf.to_container(OmegaConf.load(file)))  # type: ignore[arg-type]
 
 
@@ -29,13 +31,25 @@ def settings_from(plain: dict[str, Any]) -> Settings:
     plain = dict(plain)
     select = dict(plain.pop("select"))
     picker = dict(select.pop("picker"))
-    shared = {"model_path": select.pop("model")["path"], "batch_tokens": select.pop("batch_tokens"), "unscored": select.pop("unscored")}
-    values = {"select": select, "picker": picker} | {slot: dict(plain.pop(slot)) for slot in registry.SLOTS if slot in plain and slot != "eval"}
+    shared = {
+        "model_path": select.pop("model")["path"],
+        "batch_tokens": select.pop("batch_tokens"),
+        "unscored": select.pop("unscored"),
+    }
+    values = {"select": select, "picker": picker} | {
+        slot: dict(plain.pop(slot)) for slot in registry.SLOTS if slot in plain and slot != "eval"
+    }
     slots = {}
     for slot, knobs in values.items():
         spec = registry.find(slot, knobs.pop("name"))
         slots[slot] = (spec.name, check_section(knobs, spec.knobs, slot, f"{slot}={spec.name}"))
-    evaluators = [(name, check_section(knobs, registry.find("eval", name).knobs, f"eval.{name}")) for name, knobs in plain.pop("eval").items()]
-    sections = {name: cls(**check_section(plain.pop(name), registry.read_dataclass(SETTINGS_FILE, cls.__name__), name)) for name, cls in SECTIONS.items()}
+    evaluators = [
+        (name, check_section(knobs, registry.find("eval", name).knobs, f"eval.{name}"))
+        for name, knobs in plain.pop("eval").items()
+    ]
+    sections = {
+        name: cls(**check_section(plain.pop(name), registry.read_dataclass(SETTINGS_FILE, cls.__name__), name))
+        for name, cls in SECTIONS.items()
+    }
     scalars = check_section(plain, registry.read_dataclass(SETTINGS_FILE, "RootConfig"), "")
     return Settings(**scalars, **sections, slots=slots, eval=evaluators, select=SelectConfig(**shared))

@@ -44,10 +44,14 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
 
 def _way_out(value: Any, kind: Any, key: str) -> str:
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
-    choices = [str(choice) for option in options if typing.get_origin(option) is Literal for choice in typing.get_args(option)]
+    choices = [
+        str(choice) for option in options if typing.get_origin(option) is Literal for choice in typing.get_args(option)
+    ]
     if choices and isinstance(value, str):
         return nearest(value, choices)
-    if any(typing.get_origin(option) is list or option is list for option in options) and isinstance(value, (str, int, float)):
+    if any(typing.get_origin(option) is list or option is list for option in options) and isinstance(
+        value, (str, int, float)
+    ):
         return f"Write a list: '{key}=[{value}]'."
     if str in options and isinstance(value, (float, bool)):
         return f"Quote it to make it text: '{key}=\"{value}\"'."

@@ -16,7 +16,7 @@ from ftrun import registry
 class ModelConfig:
     path: str = "builtin:smollm2_135m"  # folder, hub id, .gguf file, or builtin:NAME
     revision: str | None = None  # branch, tag or commit on the hub
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU that has it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # attention implementation
     template: str | None = None  # chat template: a jinja file, or the name of a built-in one (chatml, alpaca, plain)
     trust_remote_code: bool = False  # run code that a hub repository carries; never on by itself
@@ -24,17 +24,28 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    path: str | list[str] = "builtin:gsm_symbolic:1000"  # file, glob, folder, hub id, builtin:NAME:ROWS, or a list of these (a mixture)
-    format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "preference", "binary", "prompts", "classification"] = "auto"  # layout of the rows
+    path: str | list[str] = "builtin:gsm_symbolic:1000"  # file, folder, glob, hub id, builtin:NAME:ROWS, or a list
+    format: Literal[
+        "auto",
+        "alpaca",
+        "prompt_completion",
+        "messages",
+        "sharegpt",
+        "text",
+        "preference",
+        "binary",
+        "prompts",
+        "classification",
+    ] = "auto"  # layout of the rows
     columns: dict[str, str] = field(default_factory=dict)  # rename columns: {instruction: question, output: answer}
-    weights: list[float] | None = None  # mixture weights, one a source; rows of a source are repeated or left out to meet them
+    weights: list[float] | None = None  # one a source of a mixture; rows are repeated or left out
     split: str = "train"  # split of a hub data set
     heldout: float = 0.05  # share of rows kept for evaluation, chosen by content hash; 0 keeps none
     heldout_path: str | None = None  # evaluate on these rows instead of a held-out share
     heldout_limit: int = 200  # at most this many held-out rows are evaluated
     limit: int | None = None  # use only the first rows of the source
-    max_length: int | None = None  # tokens of a row, prompt and response together; null: what the model can attend to, at most 2048
-    overlong: Literal["auto", "error", "drop", "truncate"] = "auto"  # rows over max_length; auto: error above 1% of the rows, else drop
+    max_length: int | None = None  # longest row, in tokens; null: what the model can attend to, at most 2048
+    overlong: Literal["auto", "error", "drop", "truncate"] = "auto"  # long rows; auto: error above 1%, else drop
     train_on: Literal["responses", "last_response", "all"] = "responses"  # which tokens carry loss in a conversation
     system: str | None = None  # system prompt for rows that have none
 
@@ -91,7 +102,9 @@ class RootConfig:
     seed: int = 0  # seed of everything random
     out: str | None = None  # run folder; null: runs/<recipe>/<time>-<hash>
     resume: str | None = None  # run folder to continue
-    stages: list[Literal["select", "train", "eval"]] = field(default_factory=lambda: ["select", "train", "eval"])  # stages to run
+    stages: list[Literal["select", "train", "eval"]] = field(
+        default_factory=lambda: ["select", "train", "eval"]
+    )  # stages to run
     run: str | None = None  # run folder to evaluate, merge or try
     prompt: str | None = None  # text for `ftrun generate`
 
@@ -130,9 +143,25 @@ class Settings(RootConfig):
         plain["select"] |= {"model": {"path": shared.pop("model_path")}, **shared}
         picker, knobs = slots["picker"]
         plain["select"]["picker"] = {"name": picker, **knobs}
-        plain["eval"] = {name: knobs for name, knobs in evaluators}
+        plain["eval"] = dict(evaluators)
         return plain
 
 
 SETTINGS_FILE = Path(__file__)
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "launch": LaunchConfig}
+
+
+def section_knobs(section: str) -> dict[str, registry.Knob]:
+    """Knobs of model, data, train or launch."""
+    return registry.read_dataclass(SETTINGS_FILE, SECTIONS[section].__name__)
+
+
+def root_knobs() -> dict[str, registry.Knob]:
+    """Knobs at the top level of the config."""
+    return registry.read_dataclass(SETTINGS_FILE, "RootConfig")
+
+
+def shared_select_knobs() -> dict[str, registry.Knob]:
+    """Knobs of the select section that every scorer shares, spelt as below ``select.``."""
+    knobs = registry.read_dataclass(SETTINGS_FILE, "SelectConfig")
+    return {("model.path" if name == "model_path" else name): knob for name, knob in knobs.items()}

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from ftrun import registry
 from ftrun.config import recipes
 from ftrun.config.recipes import DEFAULT_CHOICES, GROUPS, Recipe
-from ftrun.config.settings import SECTIONS, SETTINGS_FILE
+from ftrun.config.settings import SECTIONS, root_knobs, section_knobs, shared_select_knobs
 from ftrun.registry import Knob
 
 ROOT = "ftrun"
@@ -32,10 +32,9 @@ def populate(chosen: Recipe | Sequence[Recipe] = ()) -> None:
     store.repo.pop("_block", None)  # an earlier composition's
     for slot in registry.SLOTS:
         for spec in registry.specs(slot).values():
-            node = {name: knob.default for name, knob in spec.knobs.items()}
             package = f"eval.{spec.name}" if slot == "eval" else _package(slot)
-            node |= {CHOSEN: True} if slot == "eval" else {}
-            store.store(group=slot, name=spec.name, node=OmegaConf.create(node), package=package)
+            node = _node(spec.knobs, {CHOSEN: True} if slot == "eval" else {})
+            store.store(group=slot, name=spec.name, node=node, package=package)
     for group in GROUPS:
         for file in group_files(group).values():
             store.store(group=group, name=file.stem, node=OmegaConf.load(file), package=group)
@@ -43,7 +42,7 @@ def populate(chosen: Recipe | Sequence[Recipe] = ()) -> None:
         store.store(group="recipe", name=name, node=OmegaConf.create({}), package="_global_")
     for recipe in [chosen] if isinstance(chosen, Recipe) else chosen:
         _store_recipe(store, recipe)
-    store.store(name=ROOT, node=OmegaConf.create(_root_node()))
+    store.store(name=ROOT, node=_root_node())
 
 
 def group_files(group: str) -> dict[str, Any]:
@@ -70,15 +69,22 @@ def _package(slot: str) -> str:
     return "select.picker" if slot == "picker" else slot
 
 
-def _root_node() -> dict[str, Any]:
+def _node(knobs: dict[str, Knob], others: dict[str, Any]) -> DictConfig:
+    """Defaults as Hydra merges them: a knob that is a table takes any entry, everything else only what there is."""
+    node = OmegaConf.create({name: knob.default for name, knob in knobs.items()} | others)
+    for name, knob in knobs.items():
+        if isinstance(knob.default, dict):
+            OmegaConf.set_struct(node[name], False)
+    return node
+
+
+def _root_node() -> DictConfig:
     defaults: list[Any] = ["_self_", *({group: DEFAULT_CHOICES[group]} for group in GROUPS)]
     defaults += [{slot: name} for slot, name in DEFAULT_CHOICES.items() if slot not in GROUPS]
     defaults += [{"recipe": "null"}]
     defaults += [{f"optional _block/{slot}": f"${{recipe}}--${{{slot}}}"} for slot in SINGLE_SLOTS]
     node: dict[str, Any] = {"defaults": defaults, RECIPE_FILE: None}
-    for section in SECTIONS:
-        node[section] = {name: knob.default for name, knob in section_knobs(section).items()}
-    node |= {name: knob.default for name, knob in root_knobs().items() if name != "recipe"}
+    node |= {section: _node(section_knobs(section), {}) for section in SECTIONS}
     shared = {name: knob.default for name, knob in shared_select_knobs().items()}
     node["select"] = {"model": {"path": shared.pop("model.path")}, **shared}
     node["eval"] = {}
@@ -89,20 +95,4 @@ def _root_node() -> dict[str, Any]:
         "output_subdir": None,
         "job": {"chdir": False},
     }
-    return node
-
-
-def section_knobs(section: str) -> dict[str, Knob]:
-    """Knobs of model, data, train or launch."""
-    return registry.read_dataclass(SETTINGS_FILE, SECTIONS[section].__name__)
-
-
-def root_knobs() -> dict[str, Knob]:
-    """Knobs at the top level of the config."""
-    return registry.read_dataclass(SETTINGS_FILE, "RootConfig")
-
-
-def shared_select_knobs() -> dict[str, Knob]:
-    """Knobs of the select section that every scorer shares, spelt as below ``select.``."""
-    knobs = registry.read_dataclass(SETTINGS_FILE, "SelectConfig")
-    return {("model.path" if name == "model_path" else name): knob for name, knob in knobs.items()}
+    return _node({name: knob for name, knob in root_knobs().items() if name != "recipe"}, node)

@@ -10,7 +10,17 @@ from ftrun.config.settings import Settings
 from ftrun.errors import ConfigError, nearest
 
 _POSITIVE = {
-    "train": ("max_steps", "epochs", "batch_size", "batch_tokens", "log_steps", "save_steps", "keep_checkpoints", "eval_steps", "max_grad_norm"),
+    "train": (
+        "max_steps",
+        "epochs",
+        "batch_size",
+        "batch_tokens",
+        "log_steps",
+        "save_steps",
+        "keep_checkpoints",
+        "eval_steps",
+        "max_grad_norm",
+    ),
     "data": ("max_length", "heldout_limit", "limit"),
     "launch": ("processes", "nodes", "threads"),
     "select": ("batch_tokens",),
@@ -26,22 +36,33 @@ def check_values(settings: Settings) -> None:
                 raise ConfigError(f"{section}.{name} must be above 0, not {value}", f"{section}.{name}={value}")
     heldout = settings.data.heldout
     if not 0 <= heldout < 1:
-        raise ConfigError(f"data.heldout is a share of the rows, from 0 to below 1, not {heldout}", f"data.heldout={heldout}")
+        raise ConfigError(
+            f"data.heldout is a share of the rows, from 0 to below 1, not {heldout}", f"data.heldout={heldout}"
+        )
     train = settings.train
     if train.load_best and not (train.save_steps and train.eval_steps):
         todo = "Set both, to the same number."
         raise ConfigError("train.load_best needs train.save_steps and train.eval_steps", "train.load_best=true", todo)
     if not 0 <= settings.launch.node_rank < settings.launch.nodes:
         rank = settings.launch.node_rank
-        raise ConfigError(f"launch.node_rank counts machines from 0, and there are {settings.launch.nodes}", f"launch.node_rank={rank}")
+        raise ConfigError(
+            f"launch.node_rank counts machines from 0, and there are {settings.launch.nodes}",
+            f"launch.node_rank={rank}",
+        )
     if settings.launch.nodes > 1 and not settings.launch.port:
-        raise ConfigError("several machines must agree on a port", "launch.port=0", "Set launch.port, for example to 29500.")
+        raise ConfigError(
+            "several machines must agree on a port", "launch.port=0", "Set launch.port, for example to 29500."
+        )
     if settings.seed < 0:
         raise ConfigError(f"seed must be 0 or above, not {settings.seed}", f"seed={settings.seed}")
     if not settings.stages:
         raise ConfigError("there is no stage to run", "stages=[]", "Use some of select, train, eval.")
     if settings.fidelity and settings.fidelity not in FIDELITIES:
-        raise ConfigError(f'fidelity "{settings.fidelity}" is unknown', f"fidelity={settings.fidelity}", nearest(settings.fidelity, FIDELITIES))
+        raise ConfigError(
+            f'fidelity "{settings.fidelity}" is unknown',
+            f"fidelity={settings.fidelity}",
+            nearest(settings.fidelity, FIDELITIES),
+        )
     _check_mixture(settings)
     parse_budget(settings.budget)
 

@@ -16,14 +16,35 @@ LAYOUTS: dict[str, tuple[frozenset[str], ...]] = {
     "sharegpt": (frozenset({"conversations"}),),
     "alpaca": (frozenset({"instruction", "output"}),),
     "binary": (frozenset({"prompt", "completion", "label"}),),
-    "prompt_completion": (frozenset({"prompt", "completion"}), frozenset({"prompt", "response"}), frozenset({"instruction", "response"})),
+    "prompt_completion": (
+        frozenset({"prompt", "completion"}),
+        frozenset({"prompt", "response"}),
+        frozenset({"instruction", "response"}),
+    ),
     "prompts": (frozenset({"prompt", "answer"}), frozenset({"instruction", "answer"})),
     "classification": (frozenset({"text", "label"}),),
     "text": (frozenset({"text"}),),
 }
-KINDS: dict[str, Kind] = {"preference": "pairs", "binary": "binary", "prompts": "prompts", "classification": "labels", "text": "text"}
-NAMES = sorted({"input", "context", "answer", "system", "text_pair", "verifier"}.union(*(keys for sets in LAYOUTS.values() for keys in sets)))
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool"}
+KINDS: dict[str, Kind] = {
+    "preference": "pairs",
+    "binary": "binary",
+    "prompts": "prompts",
+    "classification": "labels",
+    "text": "text",
+}
+NAMES = sorted(
+    {"input", "context", "answer", "system", "text_pair", "verifier"}.union(
+        *(keys for sets in LAYOUTS.values() for keys in sets)
+    )
+)
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 
 
@@ -66,7 +87,10 @@ class Layout:
                 "One source holds one format: split the file, or bring its rows into one layout.",
             )
         lacking = " and no ".join(sorted(min((keys - view.keys() for keys in LAYOUTS[self.format]), key=len)))
-        raise _Unfit(f"has no {lacking}, which the format {self.format} needs", "Complete or remove the row, or name columns with data.columns.")
+        raise _Unfit(
+            f"has no {lacking}, which the format {self.format} needs",
+            "Complete or remove the row, or name columns with data.columns.",
+        )
 
 
 class _Unfit(Exception):
@@ -94,9 +118,15 @@ def layout_of(first: dict[str, Any], where: str, setting: str, columns: dict[str
     """The layout of a source from its first row. Raises ConfigError for wrong settings, DataError for unknown keys."""
     for ours, theirs in columns.items():
         if ours not in NAMES:
-            raise ConfigError(f'data.columns renames to "{ours}", which no format knows', f"data.columns={{{ours}: {theirs}}}", nearest(ours, NAMES))
+            raise ConfigError(
+                f'data.columns renames to "{ours}", which no format knows',
+                f"data.columns={{{ours}: {theirs}}}",
+                nearest(ours, NAMES),
+            )
         if theirs not in first:
-            raise ConfigError(f'data.columns names a column "{theirs}" that the rows do not have', where, nearest(theirs, first))
+            raise ConfigError(
+                f'data.columns names a column "{theirs}" that the rows do not have', where, nearest(theirs, first)
+            )
     if setting != "auto":
         return Layout(setting, columns, system, forced=True)
     view = renamed(first, columns)
@@ -116,8 +146,16 @@ def _unknown(first: dict[str, Any], view: dict[str, Any], where: str) -> DataErr
         )
     if "instruction" in view or "prompt" in view:
         ours = "output" if "instruction" in view else "completion"
-        return DataError(f"the first row has no response (its keys: {keys})", where, f"Give it a column {ours}, or name it: data.columns='{{{ours}: NAME}}'.")
-    return DataError(f"cannot tell the format of rows with the keys: {keys}", where, f"Name the columns with data.columns, or the format with data.format={'|'.join(LAYOUTS)}.")
+        return DataError(
+            f"the first row has no response (its keys: {keys})",
+            where,
+            f"Give it a column {ours}, or name it: data.columns='{{{ours}: NAME}}'.",
+        )
+    return DataError(
+        f"cannot tell the format of rows with the keys: {keys}",
+        where,
+        f"Name the columns with data.columns, or the format with data.format={'|'.join(LAYOUTS)}.",
+    )
 
 
 # ---- one reader a layout: the row under our names -> Record ----
@@ -166,7 +204,9 @@ def _single(view: dict[str, Any], key: str) -> Record:
         _check_end(turns, key)
     else:
         turns = (Message("assistant", _string(view, key)),)
-    return Record(0, "sft", messages=(*_prompt(view), *turns), answer=view.get("answer"), verifier=_optional(view, "verifier"))
+    return Record(
+        0, "sft", messages=(*_prompt(view), *turns), answer=view.get("answer"), verifier=_optional(view, "verifier")
+    )
 
 
 def _alpaca(view: dict[str, Any]) -> Record:
@@ -196,9 +236,14 @@ def _turns(value: Any, key: str, role_key: str, content_key: str, roles: dict[st
         if not isinstance(role, str) or role not in roles:
             raise _Unfit(f'has an unknown role "{role}" in turn {number} of {key}', nearest(str(role), roles))
         if turn.get("tool_calls"):
-            raise _Unfit(f"has tool calls in turn {number} of {key}, which have no text to train on", "Write the call into the turn's content.")
+            raise _Unfit(
+                f"has tool calls in turn {number} of {key}, which have no text to train on",
+                "Write the call into the turn's content.",
+            )
         content = _parts(turn.get(content_key), number, key)
-        content = _string({f"turn {number} of {key}": content}, f"turn {number} of {key}", empty_ok=roles[role] in ("system", "tool"))
+        content = _string(
+            {f"turn {number} of {key}": content}, f"turn {number} of {key}", empty_ok=roles[role] in ("system", "tool")
+        )
         turns.append(Message(roles[role], content))  # type: ignore[arg-type]
         if role == "system" and number > 1:
             raise _Unfit(f"has a system message in turn {number} of {key}; only the first may be one")
@@ -209,14 +254,19 @@ def _parts(content: Any, number: int, key: str) -> Any:
     """The text of a turn whose content is a list of text parts."""
     if not isinstance(content, list):
         return "" if content is None else content
-    if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
+    if not all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+    ):
         raise _Unfit(f"has something else than text in turn {number} of {key}")
     return "".join(part["text"] for part in content)
 
 
 def _check_end(turns: tuple[Message, ...], key: str) -> None:
     if turns[-1].role != "assistant":
-        raise _Unfit(f"ends with a {turns[-1].role} turn in {key}: there is no response to train on", "End it with the assistant's turn, or remove the row.")
+        raise _Unfit(
+            f"ends with a {turns[-1].role} turn in {key}: there is no response to train on",
+            "End it with the assistant's turn, or remove the row.",
+        )
 
 
 def _conversation(view: dict[str, Any], key: str, role_key: str, content_key: str, roles: dict[str, str]) -> Record:

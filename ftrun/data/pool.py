@@ -112,7 +112,9 @@ def load_pool(data: DataConfig, folder: Path, seed: int) -> Pool:
         sizes = np.bincount(index["source"], minlength=len(paths))
         counts = mixture_counts(sizes, data.weights, data.limit)
         index = index[_mixture(sizes, counts, seed)]
-        notes = [_mixture_note(path, int(size), int(count)) for path, size, count in zip(paths, sizes, counts, strict=True)]
+        notes = [
+            _mixture_note(path, int(size), int(count)) for path, size, count in zip(paths, sizes, counts, strict=True)
+        ]
     return Pool(index, np.arange(len(index)), Stores(spool.stores), spool.files, layouts, notes)
 
 
@@ -123,7 +125,11 @@ def _check_settings(data: DataConfig, paths: list[str]) -> None:
         raise ConfigError("data.limit must be at least 1", f"data.limit={data.limit}", "Leave it out to use all rows.")
     if data.weights is not None:
         if len(data.weights) != len(paths):
-            raise ConfigError(f"data.weights has {len(data.weights)} weights for {len(paths)} sources", "data.weights", "Give one weight a source.")
+            raise ConfigError(
+                f"data.weights has {len(data.weights)} weights for {len(paths)} sources",
+                "data.weights",
+                "Give one weight a source.",
+            )
         if not all(np.isfinite(weight) and weight >= 0 for weight in data.weights) or sum(data.weights) <= 0:
             raise ConfigError("data.weights must not be negative, and not all zero", f"data.weights={data.weights}")
 
@@ -187,10 +193,16 @@ def _mixture_note(path: str, size: int, count: int) -> str:
 def split_heldout(pool: Pool, share: float, seed: int) -> tuple[Pool, Pool]:
     """Training rows and held-out rows. A row's side depends on its content and the seed only."""
     if not 0 <= share < 1:
-        raise ConfigError("data.heldout must be at least 0 and below 1", f"data.heldout={share}", "0.05 keeps 5% of the rows.")
+        raise ConfigError(
+            "data.heldout must be at least 0 and below 1", f"data.heldout={share}", "0.05 keeps 5% of the rows."
+        )
     held = _uniform(pool.hashes, seed) < share
     if len(pool) and held.all():
-        raise DataError("no row is left to train on: all were held out", f"data.heldout={share}", "Give more rows, or data.heldout=0.")
+        raise DataError(
+            "no row is left to train on: all were held out",
+            f"data.heldout={share}",
+            "Give more rows, or data.heldout=0.",
+        )
     return pool.subset(pool.ids[~held]), pool.subset(pool.ids[held])
 
 
@@ -203,17 +215,24 @@ def train_and_heldout(pool: Pool, data: DataConfig, folder: Path, seed: int) -> 
     if data.heldout_path is None:
         train, held = split_heldout(pool, data.heldout, seed)
         if data.heldout > 0 and not len(held):
-            notes.append(f"none of the {len(pool):,} rows fell into the held-out share of {data.heldout:.0%}: nothing is held out")
+            notes.append(
+                f"none of the {len(pool):,} rows fell into the held-out share of {data.heldout:.0%}: nothing is held out"
+            )
     else:
         held = load_pool(replace(data, path=data.heldout_path, weights=None, limit=None), folder / "heldout", seed)
         if held.kind != pool.kind:
-            raise DataError(f"data.heldout_path holds {held.format} rows, data.path holds {pool.format}", f"data.heldout_path={data.heldout_path}")
+            raise DataError(
+                f"data.heldout_path holds {held.format} rows, data.path holds {pool.format}",
+                f"data.heldout_path={data.heldout_path}",
+            )
         seen = np.isin(pool.hashes, held.hashes)
         train = pool.subset(pool.ids[~seen])
         if seen.any():
             notes.append(f"{int(seen.sum()):,} training rows are also in {data.heldout_path}: left out of training")
         if not len(train):
-            raise DataError("no row is left to train on: all are in data.heldout_path too", f"data.heldout_path={data.heldout_path}")
+            raise DataError(
+                "no row is left to train on: all are in data.heldout_path too", f"data.heldout_path={data.heldout_path}"
+            )
     kept = limit_heldout(held, data.heldout_limit, seed)
     if len(kept) < len(held):
         notes.append(f"{len(kept):,} of {len(held):,} held-out rows are evaluated (data.heldout_limit)")

@@ -62,9 +62,16 @@ def prepare(
             f"Use data.max_length={context_length} or less.",
         )
     if data.max_length < 2:
-        raise ConfigError("data.max_length must be at least 2", f"data.max_length={data.max_length}", "A row needs a token to predict from, and one to predict.")
+        raise ConfigError(
+            "data.max_length must be at least 2",
+            f"data.max_length={data.max_length}",
+            "A row needs a token to predict from, and one to predict.",
+        )
     if pool.kind == "labels" and labels is None:
-        labels = sorted({record.label for record in pool if record.label is not None}, key=lambda label: (isinstance(label, str), label))
+        labels = sorted(
+            {record.label for record in pool if record.label is not None},
+            key=lambda label: (isinstance(label, str), label),
+        )
     target = folder / cache_key(pool, tokenizer, data, vocab_size, labels)
     if not (target / MANIFEST).exists():
         renderer = Renderer(tokenizer, data.train_on, labels or ())
@@ -72,7 +79,14 @@ def prepare(
             _Preflight(pool, renderer, data, vocab_size).run(beside, report)
     stored = json.loads((target / "prepared.json").read_text())
     table = TokenTable.open(target)
-    return Prepared(table, np.asarray(table.record[:: table.sequences_per_row]), stored["dropped"], stored["truncated"], list(labels or []), stored["notes"])
+    return Prepared(
+        table,
+        np.asarray(table.record[:: table.sequences_per_row]),
+        stored["dropped"],
+        stored["truncated"],
+        list(labels or []),
+        stored["notes"],
+    )
 
 
 def cache_key(pool: Pool, tokenizer: Any, data: DataConfig, vocab_size: int, labels: list[str | int] | None) -> str:
@@ -80,7 +94,9 @@ def cache_key(pool: Pool, tokenizer: Any, data: DataConfig, vocab_size: int, lab
     settings = [data.max_length, data.overlong, data.train_on, data.system, data.format, data.columns]
     code = [sha256(Path(__file__).with_name(name)) for name in ("formats.py", "render.py", "prepare.py")]
     ids = digest(pool.ids.tolist()) if len(pool) < len(pool.index) else len(pool)
-    return digest([pool.fingerprint, ids, pool.format, tokenizer_fingerprint(tokenizer), vocab_size, labels, settings, code])
+    return digest(
+        [pool.fingerprint, ids, pool.format, tokenizer_fingerprint(tokenizer), vocab_size, labels, settings, code]
+    )
 
 
 class _Preflight:
@@ -167,19 +183,32 @@ class _Preflight:
             return
         no_room = len(self.dropped.get(NO_ROOM, []))
         detail = f"; in {no_room:,} of them the response starts after that" if no_room else ""
-        named = ", ".join(f"{self.pool.origin(id)} (row {id}, {length:,} tokens)" for id, length in self.longest.items() if id not in self.truncated)
+        named = ", ".join(
+            f"{self.pool.origin(id)} (row {id}, {length:,} tokens)"
+            for id, length in self.longest.items()
+            if id not in self.truncated
+        )
         if not rows:
             todo = f"Raise data.max_length (now {self.data.max_length})."
         elif self.data.overlong == "truncate":
             todo = "Rows without room for a response cannot be cut. Raise data.max_length, or drop them with data.overlong=drop."
         else:
             todo = "Raise data.max_length, drop such rows with data.overlong=drop, or cut them with data.overlong=truncate."
-        raise DataError(f"{lost:,} of {len(self.pool):,} rows are longer than data.max_length={self.data.max_length}{detail}", named, todo)
+        raise DataError(
+            f"{lost:,} of {len(self.pool):,} rows are longer than data.max_length={self.data.max_length}{detail}",
+            named,
+            todo,
+        )
 
     def _notes(self) -> list[str]:
-        notes = [f"{len(ids):,} of {len(self.pool):,} rows dropped: {reason}={self.data.max_length}" for reason, ids in sorted(self.dropped.items())]
+        notes = [
+            f"{len(ids):,} of {len(self.pool):,} rows dropped: {reason}={self.data.max_length}"
+            for reason, ids in sorted(self.dropped.items())
+        ]
         if self.truncated:
-            notes.append(f"{len(self.truncated):,} of {len(self.pool):,} rows cut to data.max_length={self.data.max_length} tokens")
+            notes.append(
+                f"{len(self.truncated):,} of {len(self.pool):,} rows cut to data.max_length={self.data.max_length} tokens"
+            )
         return notes
 
 
@@ -189,8 +218,16 @@ class _Columns:
     def __init__(self, folder: Path):
         self.folder = folder
         self.sequences = self._tokens = 0
-        types = {"input_ids": np.int32, "loss_weight": np.float32, "offsets": np.int64, "record": np.int64, "label": np.int64}
-        self._files: dict[str, tuple[BinaryIO, np.dtype[Any]]] = {name: ((folder / f"{name}.npy").open("wb"), np.dtype(kind)) for name, kind in types.items()}
+        types = {
+            "input_ids": np.int32,
+            "loss_weight": np.float32,
+            "offsets": np.int64,
+            "record": np.int64,
+            "label": np.int64,
+        }
+        self._files: dict[str, tuple[BinaryIO, np.dtype[Any]]] = {
+            name: ((folder / f"{name}.npy").open("wb"), np.dtype(kind)) for name, kind in types.items()
+        }
 
     def __enter__(self) -> _Columns:
         for file, kind in self._files.values():
@@ -209,7 +246,13 @@ class _Columns:
             self._append("label", [sequence.label])
 
     def __exit__(self, *_: object) -> None:
-        counts = {"input_ids": self._tokens, "loss_weight": self._tokens, "offsets": self.sequences + 1, "record": self.sequences, "label": self.sequences}
+        counts = {
+            "input_ids": self._tokens,
+            "loss_weight": self._tokens,
+            "offsets": self.sequences + 1,
+            "record": self.sequences,
+            "label": self.sequences,
+        }
         for name, (file, kind) in self._files.items():
             with file, disk_guard(self.folder):
                 file.seek(0)
@@ -223,4 +266,6 @@ class _Columns:
 
 def _write_header(file: BinaryIO, kind: np.dtype[Any], length: int) -> None:
     """An .npy header; numpy pads it so that the length of the first axis can grow in place."""
-    np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (length,)})
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (length,)}
+    )

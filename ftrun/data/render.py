@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,23 @@ from ftrun.errors import ConfigError, DataError, nearest
 
 TEMPLATES = Path(__file__).parent / "templates"
 WAY_OUT = "Give one with model.template=chatml|alpaca|plain, or model.template=FILE.jinja."
-TODAY = datetime(2024, 7, 26)  # templates that write the date get this one: tokens must not change overnight
+# Templates that write the date get this one: tokens must not change overnight.
+DATE = {
+    "%-d": "26",
+    "%d": "26",
+    "%b": "Jul",
+    "%B": "July",
+    "%m": "07",
+    "%Y": "2024",
+    "%y": "24",
+    "%A": "Friday",
+    "%a": "Fri",
+}
+CLOCK = (
+    "{%- macro strftime_now(format) -%}{{- format"
+    + "".join(f"|replace('{code}', '{text}')" for code, text in DATE.items())
+    + " -}}{%- endmacro -%}"
+)
 
 TrainOn = Literal["responses", "last_response", "all"]
 
@@ -37,16 +52,29 @@ def apply_template(tokenizer: Any, setting: str | None) -> None:
     built_in = {file.stem: file for file in TEMPLATES.glob("*.jinja")}
     file = built_in.get(setting) or Path(setting).expanduser()
     if not file.is_file():
-        raise ConfigError(f'there is no chat template "{setting}"', f"model.template={setting}", f"{nearest(setting, built_in)} Or name a jinja file.")
+        raise ConfigError(
+            f'there is no chat template "{setting}"',
+            f"model.template={setting}",
+            f"{nearest(setting, built_in)} Or name a jinja file.",
+        )
     if setting in ("alpaca", "plain") and tokenizer.eos_token is None:
-        raise ConfigError(f"the template {setting} ends a response with the end-of-text token, and the tokenizer has none", f"model.template={setting}")
+        raise ConfigError(
+            f"the template {setting} ends a response with the end-of-text token, and the tokenizer has none",
+            f"model.template={setting}",
+        )
     tokenizer.chat_template = file.read_text(encoding="utf-8")
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
     except TemplateSyntaxError as error:
-        raise ConfigError(f"the chat template {file} is not valid jinja: {error.message}", f"{file}:{error.lineno}", "Repair the file.") from error
+        raise ConfigError(
+            f"the chat template {file} is not valid jinja: {error.message}",
+            f"{file}:{error.lineno}",
+            "Repair the file.",
+        ) from error
     except TemplateError as error:
-        raise ConfigError(f"the chat template {file} cannot render a user's message: {error}", str(file), "Repair the file.") from error
+        raise ConfigError(
+            f"the chat template {file} cannot render a user's message: {error}", str(file), "Repair the file."
+        ) from error
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -55,7 +83,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     if backend is not None:
         rules |= {"truncation": None, "padding": None}  # switches of the last call, not properties
-    parts = [type(tokenizer).__name__, rules, tokenizer.chat_template, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}]
+    parts = [
+        type(tokenizer).__name__,
+        rules,
+        tokenizer.chat_template,
+        {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -102,7 +135,6 @@ class Renderer:
     @cached_property
     def end_of_turn(self) -> int:
         """The token that closes an assistant's turn: what the model learns to stop with."""
-        self._require_template()
         probe = [Message("user", "a"), Message("assistant", "b")]
         segments = self._conversation(probe, range(1, 2), "", generate=False)
         tokens = self._encode([segments])[0]
@@ -129,12 +161,18 @@ class Renderer:
         return [self._conversation(list(record.messages), range(first, count), where, generate=False)]
 
     def _conversation(self, messages: list[Message], trained: range, where: str, generate: bool) -> list[Segment]:
-        """Segments of a conversation; assistant turns whose index is in ``trained`` carry loss."""
+        """Segments of a conversation; assistant turns whose index is in ``trained`` carry loss.
+
+        An assistant turn that opens the conversation is context: there is nothing that it answers.
+        """
         segments: list[Segment] = []
         done = ""
-        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        turns = [index for index, message in enumerate(messages) if message.role == "assistant" and index > 0]
         for index in turns:
-            prompt, answered = self._render(messages[:index], True, where), self._render(messages[: index + 1], False, where)
+            prompt, answered = (
+                self._render(messages[:index], True, where),
+                self._render(messages[: index + 1], False, where),
+            )
             if not answered.startswith(prompt):
                 raise ConfigError(
                     "the chat template's generation prompt is not how it begins an assistant's turn: training and generation would differ",
@@ -143,7 +181,10 @@ class Renderer:
                 )
             if not prompt.startswith(done):
                 return self._last_turn_only(messages, turns, trained, where, generate)
-            segments += [Segment(prompt[len(done) :], False), Segment(answered[len(prompt) :], index in trained, response=True)]
+            segments += [
+                Segment(prompt[len(done) :], False),
+                Segment(answered[len(prompt) :], index in trained, response=True),
+            ]
             done = answered
         if not turns or turns[-1] != len(messages) - 1:
             rest = self._render(messages, generate, where)
@@ -152,7 +193,9 @@ class Renderer:
             segments.append(Segment(rest[len(done) :], False))
         return [segment for segment in segments if segment.text]
 
-    def _last_turn_only(self, messages: list[Message], turns: list[int], trained: range, where: str, generate: bool) -> list[Segment]:
+    def _last_turn_only(
+        self, messages: list[Message], turns: list[int], trained: range, where: str, generate: bool
+    ) -> list[Segment]:
         """For templates that rewrite earlier turns (dropped thoughts): the prompt in one piece, and the last response."""
         if any(index in trained for index in turns[:-1]):
             raise DataError(
@@ -166,26 +209,40 @@ class Renderer:
         return [Segment(prompt, False), Segment(whole[len(prompt) :], turns[-1] in trained, response=True)]
 
     def _render(self, messages: list[Message], generate: bool, where: str) -> str:
-        self._require_template()
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=generate, strftime_now=TODAY.strftime, date_string=TODAY.strftime("%d %b %Y")
+                turns, chat_template=self._template, tokenize=False, add_generation_prompt=generate
             )
         except TemplateError as error:
             roles = ", ".join(message.role for message in messages)
-            raise DataError(f"the chat template refuses this conversation ({roles}): {error}", where, "Change the row, or give another template with model.template.") from error
+            raise DataError(
+                f"the chat template refuses this conversation ({roles}): {error}",
+                where,
+                "Change the row, or give another template with model.template.",
+            ) from error
 
-    def _require_template(self) -> None:
+    @cached_property
+    def _template(self) -> str:
         if not self.tokenizer.chat_template:
-            raise ConfigError("the tokenizer has no chat template, so nobody can say what a conversation looks like to the model", "model.template", WAY_OUT)
+            raise ConfigError(
+                "the tokenizer has no chat template, so nobody can say what a conversation looks like to the model",
+                "model.template",
+                WAY_OUT,
+            )
+        template = self.tokenizer.get_chat_template()
+        return CLOCK + template if "strftime_now" in template else template
 
     # ---- tokens ----
 
     def _encode(self, conversations: list[list[Segment]]) -> list[list[list[int]]]:
         """Ids of every segment, each tokenised by itself."""
         texts = [segment.text for segments in conversations for segment in segments]
-        ids = self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"] if texts else []
+        ids = (
+            self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+            if texts
+            else []
+        )
         flat = iter(ids)
         found = [[list(next(flat)) for _ in segments] for segments in conversations]
         if self._marks_beginnings:
@@ -209,7 +266,11 @@ class Renderer:
     @cached_property
     def _special(self) -> set[int]:
         added = self.tokenizer.added_tokens_decoder.items()
-        marks = {id for id, token in added if token.content.strip() and (token.special or not any(map(str.isspace, token.content)))}
+        marks = {
+            id
+            for id, token in added
+            if token.content.strip() and (token.special or not any(map(str.isspace, token.content)))
+        }
         return marks | set(self.tokenizer.all_special_ids)
 
     def _turn_end(self, ids: list[int]) -> int | None:
@@ -229,7 +290,11 @@ class Renderer:
             if segment.trained:
                 end = self._turn_end(part)
                 if end is None or part[end] != self.end_of_turn:
-                    raise DataError(f"row {record.id} would be trained without its end of turn", where, "The chat template does not close this turn; give another with model.template.")
+                    raise DataError(
+                        f"row {record.id} would be trained without its end of turn",
+                        where,
+                        "The chat template does not close this turn; give another with model.template.",
+                    )
                 weight[start : start + end + 1] = 1.0
             start += len(part)
         if self.train_on == "all" and record.kind in ("sft", "binary"):
@@ -242,7 +307,11 @@ class Renderer:
         """Tokens of a text as the tokenizer begins it, and the end-of-text token; all are trained but the first."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
-            raise ConfigError("the tokenizer has no end-of-text token, so texts cannot be told apart", "data.format=text", "Use another tokenizer.")
+            raise ConfigError(
+                "the tokenizer has no end-of-text token, so texts cannot be told apart",
+                "data.format=text",
+                "Use another tokenizer.",
+            )
         ids = list(self.tokenizer(record.text, truncation=False, verbose=False)["input_ids"])
         tokens = np.array(ids if ids[-1:] == [eos] else [*ids, eos], np.int32)
         weight = np.ones(len(tokens), np.float32)
@@ -252,7 +321,11 @@ class Renderer:
 
     def _labelled(self, record: Record, where: str, max_length: int | None = None) -> Sequence:
         if record.label not in self.labels:
-            raise DataError(f'row {record.id} has the label "{record.label}", which the training rows do not have', where, "Known: " + ", ".join(map(str, self.labels)))
+            raise DataError(
+                f'row {record.id} has the label "{record.label}", which the training rows do not have',
+                where,
+                "Known: " + ", ".join(map(str, self.labels)),
+            )
         cut: dict[str, Any] = {"truncation": max_length is not None, "max_length": max_length, "verbose": False}
         ids = np.array(self.tokenizer(record.text, record.text_pair, **cut)["input_ids"], np.int32)
         return Sequence(ids, np.zeros(len(ids), np.float32), record.id, list(self.labels).index(record.label))
@@ -261,15 +334,25 @@ class Renderer:
         """The first ``max_length`` tokens; a labelled text is cut by its tokenizer, which keeps the closing token."""
         if record.kind == "labels":
             return self._labelled(record, where, max_length)
-        return Sequence(sequence.input_ids[:max_length], sequence.loss_weight[:max_length], sequence.record, sequence.label)
+        return Sequence(
+            sequence.input_ids[:max_length], sequence.loss_weight[:max_length], sequence.record, sequence.label
+        )
 
     def _refuse_double_bos(self, ids: np.ndarray, record: Record, where: str) -> None:
         bos = self.tokenizer.bos_token_id
         if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
-            source = "its text begins with one, and the tokenizer adds another" if record.kind == "text" else "the chat template writes it twice, or the row begins with one"
-            raise DataError(f"row {record.id} begins with {self.tokenizer.bos_token} twice: {source}", where, "Remove one of them.")
+            source = (
+                "its text begins with one, and the tokenizer adds another"
+                if record.kind == "text"
+                else "the chat template writes it twice, or the row begins with one"
+            )
+            raise DataError(
+                f"row {record.id} begins with {self.tokenizer.bos_token} twice: {source}", where, "Remove one of them."
+            )
 
 
 def _difference(expected: str, found: str) -> str:
-    same = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
+    )
     return f"the prompt goes on with {expected[same : same + 30]!r}, the conversation with {found[same : same + 30]!r}"

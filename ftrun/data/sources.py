@@ -60,16 +60,27 @@ def local_files(path: str) -> list[Path] | None:
     if place.is_file():
         if not is_data_file(place):
             known = ", ".join(SUFFIXES)
-            raise DataError(f"{place} has no known ending", str(place), f"Known: {known}; .json, .jsonl and .csv also with .gz or .zst.")
+            raise DataError(
+                f"{place} has no known ending",
+                str(place),
+                f"Known: {known}; .json, .jsonl and .csv also with .gz or .zst.",
+            )
         return [place]
     if place.is_dir():
         return _in_folder(place)
     if any(mark in path for mark in "*?["):
         root = Path(place.anchor) if place.is_absolute() else Path()
         matches = sorted(root.glob(str(place.relative_to(place.anchor))))
-        files = [file for match in matches for file in (_in_folder(match) if match.is_dir() else [match]) if file.is_dir() or is_data_file(file)]
+        files = [
+            file
+            for match in matches
+            for file in (_in_folder(match) if match.is_dir() else [match])
+            if file.is_dir() or is_data_file(file)
+        ]
         if not files:
-            raise DataError(f'no data file matches "{path}"', f"data.path={path}", "Quote the pattern, and check it with ls.")
+            raise DataError(
+                f'no data file matches "{path}"', f"data.path={path}", "Quote the pattern, and check it with ls."
+            )
         return files
     if HUB_ID.fullmatch(path) and not is_data_file(place):
         return None
@@ -92,7 +103,11 @@ def _in_folder(folder: Path) -> list[Path]:
         return [folder]
     files = sorted(file for file in folder.rglob("*") if file.is_file() and is_data_file(file))
     if not files:
-        raise DataError(f"the folder {folder} holds no data file", str(folder), f"Looked for {', '.join(SUFFIXES)}, and for what datasets.save_to_disk writes.")
+        raise DataError(
+            f"the folder {folder} holds no data file",
+            str(folder),
+            f"Looked for {', '.join(SUFFIXES)}, and for what datasets.save_to_disk writes.",
+        )
     return files
 
 
@@ -145,7 +160,11 @@ def _lines(path: Path) -> Iterator[_Line]:
                 yield _Line(number, line.decode("utf-8-sig" if number == 1 else "utf-8"), start, len(line))
                 start += len(line)
         except UnicodeDecodeError as error:
-            raise DataError(f"line {number} of {path} is not UTF-8: {error.reason}", f"{path}:{number}", "Convert the file to UTF-8.") from error
+            raise DataError(
+                f"line {number} of {path} is not UTF-8: {error.reason}",
+                f"{path}:{number}",
+                "Convert the file to UTF-8.",
+            ) from error
 
 
 def parse_line(line: str, path: Path, number: int) -> dict[str, Any]:
@@ -154,14 +173,20 @@ def parse_line(line: str, path: Path, number: int) -> dict[str, Any]:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", str(error))
-        raise DataError(f"line {number} of {path} is not JSON: {reason}", f"{path}:{number}", "Repair or remove that line.") from error
+        raise DataError(
+            f"line {number} of {path} is not JSON: {reason}", f"{path}:{number}", "Repair or remove that line."
+        ) from error
     return _object(fields, str(path), number)
 
 
 def _object(fields: Any, file: str, number: int) -> dict[str, Any]:
     if not isinstance(fields, dict):
         kind = {list: "a list", str: "a string", type(None): "null"}.get(type(fields), "a bare value")
-        raise DataError(f"row {number} of {file} is {kind}, not an object with named fields", f"{file}:{number}", 'Write {"prompt": ..., "completion": ...} or another known layout.')
+        raise DataError(
+            f"row {number} of {file} is {kind}, not an object with named fields",
+            f"{file}:{number}",
+            'Write {"prompt": ..., "completion": ...} or another known layout.',
+        )
     return fields
 
 
@@ -185,10 +210,16 @@ def _read_json(path: Path) -> Iterator[Raw]:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        raise DataError(f"line {line} of {path} is not JSON: {getattr(error, 'msg', error)}", f"{path}:{line}", "Repair the file.") from error
+        raise DataError(
+            f"line {line} of {path} is not JSON: {getattr(error, 'msg', error)}", f"{path}:{line}", "Repair the file."
+        ) from error
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
-        raise DataError(f'{path} is neither a list of rows nor {{"data": [...]}}', str(path), "Write a list of rows, or one row a line in a .jsonl.")
+        raise DataError(
+            f'{path} is neither a list of rows nor {{"data": [...]}}',
+            str(path),
+            "Write a list of rows, or one row a line in a .jsonl.",
+        )
     for number, fields in enumerate(rows, start=1):
         yield Raw(_object(fields, str(path), number), str(path), number)
 
@@ -223,7 +254,11 @@ def _read_csv(path: Path) -> Iterator[Raw]:
                 raise DataError(f"{path} has two columns of one name", f"{path}:1", "Rename one: " + ", ".join(header))
         elif cells:
             if len(cells) != len(header):
-                raise DataError(f"line {number} of {path} has {len(cells)} cells, the header has {len(header)}", f"{path}:{number}", "Quote cells that hold commas or line breaks.")
+                raise DataError(
+                    f"line {number} of {path} has {len(cells)} cells, the header has {len(header)}",
+                    f"{path}:{number}",
+                    "Quote cells that hold commas or line breaks.",
+                )
             yield Raw(dict(zip(header, cells, strict=True)), str(path), number)
 
 
@@ -273,7 +308,11 @@ def _plain(value: Any, file: str, number: int) -> Any:
         return value
     if isinstance(value, date | time | Decimal):
         return str(value)
-    raise DataError(f"row {number} of {file} holds a {type(value).__name__}, which is not text", f"{file}:{number}", "Leave such columns out.")
+    raise DataError(
+        f"row {number} of {file} holds a {type(value).__name__}, which is not text",
+        f"{file}:{number}",
+        "Leave such columns out.",
+    )
 
 
 # ---- the hub ----
@@ -288,7 +327,11 @@ def _read_hub(path: str, split: str) -> Iterator[Raw]:
         data = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # whatever the hub's client raises, the user needs one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f'"{path}" cannot be loaded from the hub: {reason}', f"data.path={path} data.split={split}", "Check the name, or give a local file.") from error
+        raise DataError(
+            f'"{path}" cannot be loaded from the hub: {reason}',
+            f"data.path={path} data.split={split}",
+            "Check the name, or give a local file.",
+        ) from error
     yield from _rows_of_dataset(data, path)
 
 
@@ -305,7 +348,9 @@ def _refuse_without_hub(path: str) -> None:
             why = f"{host} does not answer"
     if why:
         todo = f"Give a local file or folder, or builtin:NAME. {_near_file(Path(path))}"
-        raise DataError(f'"{path}" is no file or folder here, and the hub is out of reach: {why}', f"data.path={path}", todo)
+        raise DataError(
+            f'"{path}" is no file or folder here, and the hub is out of reach: {why}', f"data.path={path}", todo
+        )
 
 
 def _answers(host: str, port: int) -> bool:

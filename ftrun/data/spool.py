@@ -51,7 +51,16 @@ class Spool:
             self._file_numbers[raw.file] = len(self.files)
             self.files.append(raw.file)
         file = self._file_numbers[raw.file]
-        self._entries[self._filled] = (store, start, length, source, file, raw.line, content_hash(record), row_hash(raw.fields))
+        self._entries[self._filled] = (
+            store,
+            start,
+            length,
+            source,
+            file,
+            raw.line,
+            content_hash(record),
+            row_hash(raw.fields),
+        )
         self._filled += 1
         if self._filled == BUFFERED:
             self._flush()

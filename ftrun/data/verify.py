@@ -16,5 +16,7 @@ def verifier(name: str) -> Verifier:
     verify = getattr(builtin(name), "verify", None)
     if verify is None:
         able = [other for other in names() if hasattr(builtin(other), "verify")]
-        raise ConfigError(f'the built-in data set "{name}" cannot check answers', f"verifier={name}", nearest(name, able))
+        raise ConfigError(
+            f'the built-in data set "{name}" cannot check answers', f"verifier={name}", nearest(name, able)
+        )
     return verify

@@ -25,7 +25,7 @@ class Classification(Evaluator):
     """How often the model gives a held-out row its label.
 
     ``accuracy`` is the share of right labels; ``macro_f1`` the mean of the F1 of every class that occurs among the
-    labels or the answers, each class counting alike.
+    labels or the answers, each class counting alike; ``loss`` the mean cross-entropy of a row.
     """
 
     batch_tokens: int = 4096  # upper bound of the tokens in one batch, padding included
@@ -47,18 +47,18 @@ class Classification(Evaluator):
         answers = logits.argmax(axis=1)
         config: Any = bundle.model.config
         names = config.id2label
+        logs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
         metrics = {
             "accuracy": Metric.mean(answers == gold),
             "macro_f1": Metric(macro_f1(gold, answers), None, len(gold)),
+            "loss": Metric.mean(-logs[np.arange(len(gold)), gold], higher_is_better=False),
         }
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities = shifted / shifted.sum(axis=1, keepdims=True)
         predictions = [
             {
                 "id": int(table.record[row]),
                 "output": names.get(int(answers[row]), int(answers[row])),
                 "gold": names.get(int(gold[row]), int(gold[row])),
-                "probability": float(probabilities[row, answers[row]]),
+                "probability": float(np.exp(logs[row, answers[row]])),
                 "score": float(answers[row] == gold[row]),
             }
             for row in range(len(gold))

@@ -42,23 +42,25 @@ class LmEval(Evaluator):
 
     def _run(self, bundle: Bundle, ctx: Context) -> Evaluation:
         try:
-            from lm_eval import simple_evaluate
+            from lm_eval import evaluator
             from lm_eval.models.huggingface import HFLM
         except ImportError:
             todo = "Install it: pip install lm-eval"
             raise ConfigError("eval=lm_eval needs the package lm-eval", "eval=lm_eval", todo) from None
+        names: list[Any]
         manager, names = self.index()
         # a copy, because lm-eval sets the padding side and token of the tokenizer it is given
         tokenizer = copy.deepcopy(bundle.tokenizer)
         with ctx.report.task(f"lm-eval {' '.join(self.tasks)}", None):
             try:
-                model: Any = HFLM(
-                    pretrained=bundle.model,  # type: ignore[arg-type]
+                wrap: Any = HFLM  # its decorator hides its signature
+                model = wrap(
+                    pretrained=bundle.model,
                     tokenizer=tokenizer,
                     batch_size=self.batch_size,
                     max_length=bundle.context_length,
                 )
-                results: Any = simple_evaluate(
+                results: Any = evaluator.simple_evaluate(
                     model,
                     tasks=names,
                     num_fewshot=self.num_fewshot,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ftrun.config.settings import ModelConfig
 from ftrun.errors import ConfigError
+from ftrun.models import varlen
 from ftrun.models.architecture import describe
 from ftrun.models.bundle import Bundle
 from ftrun.models.fingerprint import folder_fingerprint
@@ -53,7 +55,7 @@ def load_bundle(
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=attention_for(config, model.attention),
+            attn_implementation=attention_for(config, model.attention, device),
             trust_remote_code=model.trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
@@ -107,12 +109,21 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def attention_for(config: Any, wanted: str) -> str:
-    """The attention implementation to use: sdpa cannot cap attention scores, as Gemma 2 does."""
+def attention_for(config: Any, wanted: str, device: torch.device) -> str:
+    """The attention implementation to use for ``model.attention``.
+
+    sdpa cannot cap attention scores as Gemma 2 does: eager then. On a CPU sdpa gets its form for packed documents.
+    """
     if wanted == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        log.info("attention: eager, since sdpa cannot cap attention scores as %s does", config.model_type)
+        _say(f"attention: eager, since sdpa cannot cap attention scores as {config.model_type} does")
         return "eager"
-    return wanted
+    return varlen.NAME if wanted == "sdpa" and device.type == "cpu" else wanted
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Once a process, however often a tokenizer or model is loaded."""
+    log.warning(text)
 
 
 def _auto_class(task: Task) -> Any:
@@ -150,10 +161,10 @@ def _choose_padding(tokenizer: Any) -> None:
     unknown = [tokenizer.unk_token] if tokenizer.unk_token and tokenizer.unk_token not in meaningful else []
     choice = next(iter([*named_pad, *unknown]), None)
     if choice is None:
-        log.info("padding: the tokenizer has no token for it; batches are filled with id 0, which nothing attends to")
+        _say("padding: the tokenizer has no token for it; batches are filled with id 0, which nothing attends to")
         return
     tokenizer.pad_token = choice
-    log.info("padding: the tokenizer has no token for it; batches are filled with %s", choice)
+    _say(f"padding: the tokenizer has no token for it; batches are filled with {choice}")
 
 
 def _unreadable(what: str, error: Exception, model: ModelConfig) -> ConfigError:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ftrun.errors import ConfigError
+from ftrun.models import varlen
 
 if TYPE_CHECKING:
     from ftrun.data.batches import Batch
@@ -18,6 +19,8 @@ Way = Literal["positions", "mask"]  # transformers reads the restarting position
 def packed_inputs(batch: Batch, way: Way, model: nn.Module) -> dict[str, Tensor]:
     """What keeps the documents of a packed batch apart, as arguments for the backbone."""
     inputs = {"position_ids": batch.position_ids}
+    if _implementation(model) == varlen.NAME and len(batch.position_ids) == 1:
+        inputs["cu_seq_lens_q"] = varlen.document_bounds(batch.position_ids)
     if way == "mask":
         inputs["attention_mask"] = block_diagonal(batch.position_ids, _float_mask(model))
     return inputs
@@ -43,7 +46,7 @@ def find_way(base: nn.Module, backbone: nn.Module) -> Way:
     ways: list[Way] = ["positions"]
     text_config: Any = base.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
     windowed = getattr(text_config, "sliding_window", None) or getattr(text_config, "layer_types", None)
-    if not windowed and text_config._attn_implementation in ("sdpa", "eager"):
+    if not windowed and _implementation(base) in ("sdpa", varlen.NAME, "eager"):
         ways.append("mask")
     training = [module for module in backbone.modules() if module.training]
     backbone.eval()
@@ -79,7 +82,11 @@ def _keeps_apart(base: nn.Module, backbone: nn.Module, way: Way) -> bool:
 
 def _float_mask(model: nn.Module) -> torch.dtype | None:
     """Eager attention adds its mask to the scores; sdpa takes a boolean one."""
-    config: Any = model.config
-    if config.get_text_config(decoder=True)._attn_implementation == "sdpa":
+    if _implementation(model) in ("sdpa", varlen.NAME):
         return None
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def _implementation(model: nn.Module) -> str:
+    config: Any = model.config
+    return config.get_text_config(decoder=True)._attn_implementation

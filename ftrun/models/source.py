@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from pathlib import Path
 
 from ftrun.config.settings import ModelConfig
-from ftrun.errors import ConfigError, nearest
+from ftrun.errors import ConfigError
 from ftrun.models.demo import builtin
 from ftrun.models.gguf import converted
 
@@ -64,10 +65,18 @@ def _means_a_folder(path: str) -> bool:
 
 
 def _missing(local: Path, kind: str) -> ConfigError:
-    parent = local.parent if local.parent.is_dir() else None
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir() == (kind == "folder")] if parent else []
-    todo = nearest(local.name, names) if names else "" if parent else f"There is no folder {local.parent} either."
-    return ConfigError(f"there is no {kind} {local}", f"model.path={local}", todo)
+    where = f"model.path={local}"
+    if not local.parent.is_dir():
+        return ConfigError(f"there is no {kind} {local}", where, f"There is no folder {local.parent} either.")
+    names = [
+        entry.name
+        for entry in local.parent.iterdir()
+        if (entry.suffix == ".gguf" if kind == "file" else entry.is_dir())
+    ]
+    close = difflib.get_close_matches(local.name, names, n=1, cutoff=0.5)
+    return ConfigError(
+        f"there is no {kind} {local}", where, f'Did you mean "{local.parent / close[0]}"?' if close else ""
+    )
 
 
 def _check_folder(folder: Path, weights: bool) -> None:

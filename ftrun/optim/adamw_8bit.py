@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import bitsandbytes
 import torch
+from bitsandbytes.optim.adamw import AdamW8bit as BitsandbytesAdamW8bit
 from torch import nn
 
 from ftrun.optim.base import OptimizerConfig
@@ -34,5 +34,5 @@ class AdamW8bit(OptimizerConfig):
         return 2 * (1 + 4 / 256)  # m and v, a byte each, and a float32 scale for every block of 256
 
 
-class FlatAdamW8bit(FlatState, bitsandbytes.optim.AdamW8bit):
+class FlatAdamW8bit(FlatState, BitsandbytesAdamW8bit):
     """bitsandbytes' AdamW8bit with a flat state."""

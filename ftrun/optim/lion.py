@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import bitsandbytes
 import torch
+from bitsandbytes.optim.lion import Lion32bit
 from torch import nn
 
 from ftrun.optim.base import OptimizerConfig
@@ -33,5 +33,5 @@ class Lion(OptimizerConfig):
         return 4.0  # m
 
 
-class FlatLion(FlatState, bitsandbytes.optim.Lion32bit):
+class FlatLion(FlatState, Lion32bit):
     """bitsandbytes' Lion32bit with a flat state."""

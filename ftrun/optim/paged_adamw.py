@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import bitsandbytes
 import torch
+from bitsandbytes.optim.adamw import AdamW
 from torch import nn
 
 from ftrun.optim.base import OptimizerConfig
@@ -41,5 +41,5 @@ class PagedAdamW(OptimizerConfig):
         return 8.0 if self.bits == 32 else 2 * (1 + 4 / 256)
 
 
-class FlatPagedAdamW(FlatState, bitsandbytes.optim.AdamW):
+class FlatPagedAdamW(FlatState, AdamW):
     """bitsandbytes' AdamW with a flat state."""

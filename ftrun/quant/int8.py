@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +34,8 @@ class Int8(Quant):
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.threshold)}
 
     def prepare(self, model: nn.Module, gradient_checkpointing: bool) -> nn.Module:
+        # it says on every product that inputs are cast to float16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return freeze_for_training(model, gradient_checkpointing)
 
     def bits(self) -> float:

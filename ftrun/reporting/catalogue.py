@@ -6,7 +6,7 @@ import fnmatch
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -14,12 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftrun import registry
-from ftrun.config import recipes, store
-from ftrun.config.compose import Composed
+from ftrun.config import recipes
 from ftrun.config.recipes import DEFAULT_CHOICES, GROUPS, Recipe
-from ftrun.config.settings import SECTIONS, Settings
+from ftrun.config.settings import SECTIONS, Settings, root_knobs, section_knobs, shared_select_knobs
 from ftrun.errors import ConfigError, nearest
 from ftrun.registry import Knob, type_name
+
+if TYPE_CHECKING:
+    from ftrun.config.compose import Composed
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def sections(settings: Settings, recipe: Recipe | None, overrides: Sequence[str]
             for name, knob in knobs.items()
         ]
 
-    root = {name: knob for name, knob in store.root_knobs().items() if name not in _TOLD_ELSEWHERE}
+    root = {name: knob for name, knob in root_knobs().items() if name not in _TOLD_ELSEWHERE}
     yield "top level", values("", root, vars(settings))
     for slot, (name, knobs) in settings.slots.items():
         prefix = "select.picker." if slot == "picker" else f"{slot}."
@@ -168,13 +170,13 @@ def sections(settings: Settings, recipe: Recipe | None, overrides: Sequence[str]
         found = values(prefix, registry.find(slot, name).knobs, knobs, kept)
         if slot == "select":
             shared = vars(settings.select) | {"model.path": settings.select.model_path}
-            found += values(prefix, store.shared_select_knobs(), shared, kept)
+            found += values(prefix, shared_select_knobs(), shared, kept)
         chosen_by = "command line" if slot in typed else "recipe" if recipe and slot in recipe.choices else "default"
         yield f"{slot}={name}  ({chosen_by})", found
     for name, knobs in settings.eval:
         yield f"eval={name}", values(f"eval.{name}.", registry.find("eval", name).knobs, knobs)
     for section in SECTIONS:
-        yield section, values(f"{section}.", store.section_knobs(section), vars(getattr(settings, section)))
+        yield section, values(f"{section}.", section_knobs(section), vars(getattr(settings, section)))
 
 
 _TOLD_ELSEWHERE = ("paper", "fidelity", "differences", "recipe")

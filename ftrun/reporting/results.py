@@ -65,10 +65,12 @@ def _value(side: Measured | None) -> Markup:
 def _delta(change: Change) -> Markup:
     if change.delta is None:
         return Markup("")
-    value, _ = numbers.pair(abs(change.delta), change.stderr)
     arrow = "▲" if change.delta > 0 else "▼" if change.delta < 0 else "="
     sign = "+" if change.delta > 0 else "−" if change.delta < 0 else ""
-    words = [tag("span", f"{arrow} {sign}{value}", class_="value"), tag("span", change.verdict, class_="verdict")]
+    words = [
+        tag("span", f"{arrow} {sign}{change.amount}", class_="value"),
+        tag("span", change.verdict, class_="verdict"),
+    ]
     return tag("span", *words, class_=ARROWS[change.verdict] or None)
 
 

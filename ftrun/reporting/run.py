@@ -8,13 +8,16 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow.parquet as parquet
 import yaml
 
 from ftrun.reporting.changes import Change, changes, number
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 T = TypeVar("T")
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d {2}")
@@ -89,6 +92,16 @@ class Run:
     def token_rows(self, ids: Collection[int]) -> dict[str, np.ndarray]:
         """All columns of tokens.parquet for these rows."""
         return self._columns("selection/tokens.parquet", filters=[("id", "in", list(ids))])
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer saved with the adapter or the model; None when the run did not get so far."""
+        from tokenizers import Tokenizer
+
+        for name in ("adapter/tokenizer.json", "model/tokenizer.json"):
+            if (self.path / name).is_file():
+                return self._read(name, lambda file: Tokenizer.from_str(file.read_text(encoding="utf-8")), None)
+        return None
 
     def predictions(self, before: bool = False) -> dict[str, list[dict[str, Any]]]:
         """Predictions of every evaluator, after training or before it."""

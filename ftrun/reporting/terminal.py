@@ -78,9 +78,8 @@ def _value(side: Measured | None, style: str = "") -> Text:
 def _delta(change: Change) -> str:
     if change.delta is None:
         return ""
-    value, _ = numbers.pair(abs(change.delta), change.stderr)
     arrow = "▲ +" if change.delta > 0 else "▼ −" if change.delta < 0 else ""
-    return f"{arrow}{value}"
+    return f"{arrow}{change.amount}"
 
 
 def _took(run: Run) -> str:

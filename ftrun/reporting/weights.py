@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ftrun.reporting.histograms import histogram
 from ftrun.reporting.markup import Markup, tag
 from ftrun.reporting.run import Run
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 ROWS = 4  # coloured rows in the report
 TOKENS = 400  # tokens of a coloured row
@@ -78,17 +82,17 @@ def weights_section(run: Run) -> Markup | None:
     shown = run.token_rows(chosen.tolist())
     if "token" in shown:
         top = max(1.0, float(np.percentile(weight[trained], 95))) if trained.any() else 1.0
-        parts += [legend(top), *(_coloured(shown, identity, top) for identity in chosen)]
+        parts += [legend(top), *(_coloured(shown, identity, top, run.tokenizer) for identity in chosen)]
     return Markup("".join(parts))
 
 
-def _coloured(columns: dict[str, np.ndarray], identity: int, top: float) -> Markup:
+def _coloured(columns: dict[str, np.ndarray], identity: int, top: float, tokenizer: Tokenizer | None) -> Markup:
     at = np.flatnonzero(columns["id"] == identity)
     if "position" in columns:
         at = at[np.argsort(columns["position"][at], kind="stable")]
     kept, weight = at[:TOKENS], columns["weight"].astype(float)
     tokens = [
-        token_markup(_text(columns["token"][i]), float(weight[i]), hint, top)
+        token_markup(_text(columns["token"][i], tokenizer), float(weight[i]), hint, top)
         for i, hint in zip(kept, _hints(columns, kept), strict=True)
     ]
     cut = [tag("span", f" … {len(at) - len(kept):,} more tokens", class_="muted")] if len(at) > len(kept) else []
@@ -102,9 +106,16 @@ def _hints(columns: dict[str, np.ndarray], at: np.ndarray) -> Sequence[str]:
     return [f"score {float(columns['score'][i]):.4g}" for i in at]
 
 
-def _text(token: object) -> str:
-    """The token as text; a bare id is bracketed."""
-    return token if isinstance(token, str) else f"⟨{token}⟩"
+def _text(token: Any, tokenizer: Tokenizer | None) -> str:
+    """The token as text; an id that no tokenizer explains is bracketed."""
+    if isinstance(token, str):
+        return token
+    piece = tokenizer.id_to_token(int(token)) if tokenizer else None
+    if tokenizer is None or piece is None:
+        return f"⟨{token}⟩"
+    text = tokenizer.decode([int(token)], skip_special_tokens=False)
+    # decoders of the sentencepiece kind drop the space in front of a text's first word
+    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
 
 
 def _figure(plot: Markup, caption: str) -> Markup:

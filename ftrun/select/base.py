@@ -37,6 +37,7 @@ class Budget:
         """The longest prefix of ``ranked`` rows (places in the pool) within the budget."""
         if self.rows is not None:
             return ranked[: self.rows]
+        assert self.tokens is not None
         spent = np.cumsum(lengths[ranked])
         return ranked[: int(np.searchsorted(spent, self.tokens, side="right"))]
 

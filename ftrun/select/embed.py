@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from ftrun.config.settings import ModelConfig
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.models.load import load_bundle
 from ftrun.select.scoring import Scoring
-from ftrun.select.texts import leading_ids, row_text
+from ftrun.select.texts import added_ids, row_text
 
 if TYPE_CHECKING:
     from ftrun.context import Context
@@ -39,8 +38,7 @@ def embed_rows(
 def embed_texts(texts: list[str], scoring: Scoring, limit: int) -> np.ndarray:
     """Embeddings of these texts by the model of ``scoring``, unit length, (texts, width) float32."""
     tokenizer = scoring.bundle.tokenizer
-    lead = leading_ids(tokenizer)
-    tail = _trailing_ids(tokenizer)
+    lead, tail = added_ids(tokenizer)
     room = limit - len(lead) - len(tail)
     plain = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
     filled = [number for number, ids in enumerate(plain) if ids]
@@ -57,7 +55,9 @@ def embed_texts(texts: list[str], scoring: Scoring, limit: int) -> np.ndarray:
 
 
 def _encoder(ctx: Context) -> Scoring:
-    return ctx.scorer.with_model(lambda: load_bundle(ModelConfig(path="builtin:minilm"), task="classify"))
+    return ctx.scorer.with_model(
+        lambda: load_bundle(ModelConfig(path="builtin:minilm"), task="classify", device=ctx.team.device)
+    )
 
 
 def _mean_of_batch(bundle: Bundle, batch: Batch) -> list[np.ndarray]:
@@ -65,7 +65,7 @@ def _mean_of_batch(bundle: Bundle, batch: Batch) -> list[np.ndarray]:
     hidden = bundle.architecture.hidden_states(bundle.model, batch).float()
     real = batch.attention_mask.unsqueeze(-1).to(hidden.dtype)
     means = (hidden * real).sum(1) / real.sum(1)
-    return list(torch.Tensor.numpy(means.cpu()))
+    return list(means.cpu().numpy())
 
 
 def _prompt_text(record: Record) -> list[str]:
@@ -76,10 +76,3 @@ def _prompt_text(record: Record) -> list[str]:
 
 def _sequence(ids: list[int], number: int) -> Sequence:
     return Sequence(np.array(ids, np.int32), np.ones(len(ids), np.float32), number)
-
-
-def _trailing_ids(tokenizer: object) -> list[int]:
-    """What the tokenizer puts behind a text by itself: [SEP] of an encoder, or nothing."""
-    plain = tokenizer("a", add_special_tokens=False).input_ids  # type: ignore[operator]
-    dressed = tokenizer("a").input_ids  # type: ignore[operator]
-    return dressed[len(leading_ids(tokenizer)) + len(plain) :]

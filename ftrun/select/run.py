@@ -71,14 +71,23 @@ def _budget(settings: Settings, scorer: Scorer, picker: Picker, rows: int) -> Bu
     """The budget in rows or tokens; all rows where the picker does without."""
     name = settings.choice("select")
     if picker.needs_scores and not scorer.column:
-        raise ConfigError(f"picker={picker.name} ranks by a score, and select={name} gives none", todo="Choose a scorer: select=random.")  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"picker={settings.choice('picker')} ranks by a score, and select={name} gives none",
+            todo="Choose a scorer: select=random.",
+        )
     wanted = parse_budget(settings.budget)
     if wanted is None:
         if picker.budget_use == "required":
-            raise ConfigError(f"select={name} needs a budget: how much of the pool to take", todo="Set budget=0.1 (a share), budget=500 (rows) or budget=1M_tokens.")
+            raise ConfigError(
+                f"select={name} needs a budget: how much of the pool to take",
+                todo="Set budget=0.1 (a share), budget=500 (rows) or budget=1M_tokens.",
+            )
         return Budget(rows=rows)
     if picker.budget_use == "none":
-        raise ConfigError(f"budget={settings.budget} has no effect: select={name} takes every row", todo="Choose a selector, select=random for one, or leave the budget out.")
+        raise ConfigError(
+            f"budget={settings.budget} has no effect: select={name} takes every row",
+            todo="Choose a selector, select=random for one, or leave the budget out.",
+        )
     unit, amount = wanted
     if unit == "tokens":
         return Budget(tokens=int(amount))
@@ -107,9 +116,7 @@ def _lengths(pool: Pool, ctx: Context) -> np.ndarray:
     return np.bincount(owner, weights=counts, minlength=len(texts)).astype(np.int64)
 
 
-def _pick(
-    settings: Settings, scorer: Scorer, picker: Picker, table: Table, budget: Budget, ctx: Context
-) -> np.ndarray:
+def _pick(settings: Settings, scorer: Scorer, picker: Picker, table: Table, budget: Budget, ctx: Context) -> np.ndarray:
     candidates = np.flatnonzero(scorer.keep(table) & ~_unscored(scorer, table))
     picked = np.zeros(0, np.int64)
     if len(candidates):
@@ -138,14 +145,26 @@ def _check(
     dropped = 0 if settings.select.unscored == "keep" else int(unscored.sum())
     filtered = int((~admitted & ~unscored).sum())
     left = len(table) - dropped - filtered
-    counts = f"{len(table)} rows: {dropped} without a score, {filtered} left out by the method's filter, {left} to pick from"
+    counts = (
+        f"{len(table)} rows: {dropped} without a score, {filtered} left out by the method's filter, {left} to pick from"
+    )
     if not len(selected.ids):
         reasons = Counter(table.reasons.values()).most_common(1)
-        todo = f"Most common reason: {reasons[0][0]}." if dropped and reasons else "Raise the budget, or loosen the bounds of the picker."
+        todo = (
+            f"Most common reason: {reasons[0][0]}."
+            if dropped and reasons
+            else "Raise the budget, or loosen the bounds of the picker."
+        )
         raise DataError(f"select={settings.choice('select')} picks nothing", counts, todo)
     if budget.rows is not None and settings.budget is not None and budget.rows > left:
-        ctx.report.warn(f"budget={settings.budget} asks for {budget.rows} rows, {len(selected.ids)} are picked. {counts}")
-    if budget.tokens is not None and budget.tokens > int(table.lengths[selected.ids].sum()) and len(selected.ids) == left:
+        ctx.report.warn(
+            f"budget={settings.budget} asks for {budget.rows} rows, {len(selected.ids)} are picked. {counts}"
+        )
+    if (
+        budget.tokens is not None
+        and budget.tokens > int(table.lengths[selected.ids].sum())
+        and len(selected.ids) == left
+    ):
         have = int(table.lengths[selected.ids].sum())
         ctx.report.warn(f"budget={settings.budget} asks for {budget.tokens} tokens, {have} are picked. {counts}")
 
@@ -172,7 +191,9 @@ def _write(
         pq.write_table(pa.table(scores), beside)
     summary = _summary(settings, pool, selected, admitted)
     write_json(folder / "summary.json", summary)
-    ctx.report.note(f"selected {summary['picked']} of {summary['pool']} rows, {summary['tokens']} tokens; {summary['unscored']['rows']} without a score, {summary['filtered']} left out by the filter")
+    ctx.report.note(
+        f"selected {summary['picked']} of {summary['pool']} rows, {summary['tokens']} tokens; {summary['unscored']['rows']} without a score, {summary['filtered']} left out by the filter"
+    )
 
 
 def _chosen_row(fields: dict[str, Any], number: int) -> dict[str, Any]:

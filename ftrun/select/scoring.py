@@ -137,7 +137,10 @@ class Scoring:
         fresh: dict[bytes, np.ndarray] = {}
         written = time.monotonic()
         start = sum(tokens[key] for key in done)
-        with self.report.task(f"score {name}", total, unit="tokens", start=start) as task, _inference(self.bundle.model):
+        with (
+            self.report.task(f"score {name}", total, unit="tokens", start=start) as task,
+            _inference(self.bundle.model),
+        ):
             try:
                 for batch in mine:
                     missing = [key for key in batch if key not in done]
@@ -201,11 +204,12 @@ class Scoring:
         if folder is not None and fresh:
             file = folder / f"{hashlib.blake2b(b''.join(fresh), digest_size=KEY_BYTES).hexdigest()}.npz"
             beside = file.with_name(f".{file.stem}.{os.getpid()}")
+            packed: dict[str, Any] = _pack(fresh)
             with disk_guard(file):
                 folder.mkdir(parents=True, exist_ok=True)
                 try:
                     with beside.open("wb") as out:
-                        np.savez(out, **_pack(fresh))
+                        np.savez(out, **packed)
                     beside.replace(file)
                 finally:
                     beside.unlink(missing_ok=True)

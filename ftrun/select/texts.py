@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 Form = Literal["alpaca", "plain", "chat"]
 
 ALPACA_HEAD = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
 ALPACA_HEAD_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -61,7 +60,7 @@ def read_turns(pool: Pool, ctx: Context, form: Form) -> Turns:
             rows.append(position)
             prompts.append(_prompt(record, before, form, tokenizer, ctx.settings.data.columns))
             responses.append(answer)
-    lead = [] if form == "chat" else leading_ids(tokenizer)  # a chat template writes its own
+    lead = [] if form == "chat" else added_ids(tokenizer)[0]  # a chat template writes its own
     mark = {"alpaca": ALPACA_ANSWER, "plain": "", "chat": _chat_header(tokenizer) if form == "chat" else ""}[form]
     return Turns(
         np.array(rows, np.int64),
@@ -90,12 +89,16 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
 
-def leading_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text by itself: a BOS, or nothing; having a BOS token does not mean adding it."""
+def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and behind a text by itself: a BOS, or nothing; [CLS] and [SEP] of an encoder.
+
+    Having a BOS token does not mean adding it.
+    """
     plain = tokenizer("a", add_special_tokens=False).input_ids
     dressed = tokenizer("a").input_ids
     starts = (start for start in range(len(dressed)) if dressed[start : start + len(plain)] == plain)
-    return dressed[: next(starts, 0)]
+    start = next(starts, 0)
+    return dressed[:start], dressed[start + len(plain) :]
 
 
 def _prompt(record: Record, before: tuple[Message, ...], form: Form, tokenizer: Any, columns: dict[str, str]) -> str:

@@ -30,7 +30,11 @@ def load_reference(path: str, base: Bundle, ctx: Context) -> Bundle:
     elif (folder / "adapter_config.json").is_file():
         reference = _with_adapter(folder, ctx)
     elif folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} holds no model", f"tokens.reference={path}", "Name a folder with config.json, or a finished run with model/ or adapter/ in it.")
+        raise ConfigError(
+            f"{folder} holds no model",
+            f"tokens.reference={path}",
+            "Name a folder with config.json, or a finished run with model/ or adapter/ in it.",
+        )
     else:
         reference = _load(path, ctx)
     check_same_tokenizer(base, reference)

@@ -40,7 +40,9 @@ def run_tokens(policy: TokenPolicy, table: TokenTable, ctx: Context) -> TokenTab
     ctx.report.note(f"{int(after.sum())} of {int(before.sum())} trained tokens keep a weight")
     emptied = int(((before > 0) & (after == 0)).sum())
     if emptied:
-        ctx.report.warn(f"{emptied} of {len(before)} sequences have no trained token left: they are read, and teach nothing")
+        ctx.report.warn(
+            f"{emptied} of {len(before)} sequences have no trained token left: they are read, and teach nothing"
+        )
     return weighed
 
 

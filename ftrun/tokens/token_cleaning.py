@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -36,7 +37,10 @@ class TokenCleaning(TokenPolicy):
 
     def precompute(self, table: TokenTable, ctx: Context) -> tuple[np.ndarray, np.ndarray]:
         if not self.reference:
-            raise ConfigError("tokens=token_cleaning needs a reference model", todo="Set tokens.reference to a folder, a hub id, or a run folder.")
+            raise ConfigError(
+                "tokens=token_cleaning needs a reference model",
+                todo="Set tokens.reference to a folder, a hub id, or a run folder.",
+            )
         if not 0 < self.k <= 1:
             raise ConfigError(f"tokens.k is a share above 0 and up to 1, not {self.k}", f"tokens.k={self.k}")
         bundle = ctx.bundle
@@ -47,12 +51,16 @@ class TokenCleaning(TokenPolicy):
         path = self.reference
         reference = base.with_model(lambda: load_reference(path, bundle, ctx))
         if reference.bundle.fingerprint == bundle.fingerprint:
-            ctx.report.warn(f"tokens.reference={path} is the run's own model: every score is 0, and the first tokens are kept")
+            ctx.report.warn(
+                f"tokens.reference={path} is the run's own model: every score is 0, and the first tokens are kept"
+            )
         scores = base.token_nll(table) - reference.token_nll(table)
         kept = highest(scores, self.k, table.offsets if self.level == "sample" else None)
         if not kept.any():
             trained = int((~np.isnan(scores)).sum())
-            raise DataError(f"token_cleaning keeps none of {trained} trained tokens", f"tokens.k={self.k}", "Raise tokens.k.")
+            raise DataError(
+                f"token_cleaning keeps none of {trained} trained tokens", f"tokens.k={self.k}", "Raise tokens.k."
+            )
         base.discard()
         return scores, np.where(kept, table.loss_weight, 0).astype(np.float32)
 
@@ -64,7 +72,7 @@ def highest(scores: np.ndarray, k: float, offsets: np.ndarray | None = None) -> 
     """
     kept = np.zeros(len(scores), bool)
     bounds = [0, len(scores)] if offsets is None else offsets.tolist()
-    for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, end in pairwise(bounds):
         scored = first + np.flatnonzero(~np.isnan(scores[first:end]))
         order = scored[np.argsort(-scores[scored], kind="stable")]
         kept[order[: int(k * len(scored))]] = True

@@ -80,8 +80,8 @@ class Trainer:
         if resume:
             self._restore(resume)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._metrics_file() as metrics, self.ctx.report.task("train", self.plan.steps, unit="step") as bar:
-            bar.advance(self.progress.step)
+        with self._metrics_file() as metrics, self.ctx.report.task("training", self.plan.steps, unit="steps", start=self.progress.step) as bar:
+            self._bar = bar
             signals.defer(True)
             while self.progress.step < self.plan.steps:
                 facts = self._step(self.progress.step)
@@ -140,6 +140,7 @@ class Trainer:
             (loss.value / count).backward()
             for name, part in {"loss": loss.value, **loss.parts}.items():
                 sums[name] = sums.get(name, 0.0) + float(part.detach())
+            self._bar.advance(0)  # a long step still shows that it lives
         return sums
 
     def _views(self, batches: list[Batch]) -> list[StepView]:

@@ -80,6 +80,8 @@ class Task:
         now = self._owner.clock()
         share = (self.done - self._said_done) / self.total if self.total else 0.0
         waited = now - self._said
+        if self.total is not None and self.done >= self.total:
+            return False  # the summary follows
         if waited < PLAIN_SECONDS and (share < PLAIN_SHARE or waited < PLAIN_GAP):
             return False
         self._said, self._said_done = now, self.done
@@ -245,7 +247,9 @@ class Reporter:
                 self._progress = None
         tick = "✓" if "utf" in (self.console.encoding or "") else "*"
         amount = f"{task.done:,.0f} {task.unit}".rstrip() if finished else f"stopped at {task.count}"
-        rest = f"{amount} in {numbers.duration(task.seconds)}"
+        if task.total is None and task.done == task.start:
+            amount = "" if finished else "stopped"
+        rest = f"{amount} in {numbers.duration(task.seconds)}".strip()
         if task.fields:
             rest += f" · {task.phrases(left=False)}"
         mark, colour = (tick, "green") if finished else ("!", "yellow")

@@ -18,6 +18,8 @@ CHAIN_VERBS = ("train", "select")
 
 def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool = False) -> dict[str, Any] | None:
     """Carry out ``verb``. Raises FtrunError."""
+    if verb in (*CHAIN_VERBS, "plan", "preview"):
+        composed.settings.component("adapter").check(composed.settings)
     if verb in CHAIN_VERBS:
         return _run_chain(verb, composed, list(overrides))
     if verb == "show":

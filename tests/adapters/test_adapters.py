@@ -154,7 +154,7 @@ def test_disabled_is_the_base_and_enabled_again_is_not(attached, fresh, logits, 
 
 
 def test_attach_is_the_same_every_time_and_leaves_the_global_generator_alone(case, fresh, context):
-    name, adapter = case
+    name, _ = case
     torch.manual_seed(5)
     expected = torch.rand(3)
     results = []

@@ -101,4 +101,4 @@ def test_folders_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_a_recipe_sets() -> None:
     recipe = recipes.find("qlora_sft")
     assert recipe.sets("adapter.r") and recipe.sets("train.batch_size") and recipe.sets("fidelity")
-    assert not recipe.sets("adapter.bias") and not recipe.sets("train") is False and not recipe.sets("seed")
+    assert not recipe.sets("adapter.bias") and recipe.sets("train") is not False and not recipe.sets("seed")

@@ -10,7 +10,7 @@ import pytest
 
 from ftrun import registry
 from ftrun.config import settings
-from ftrun.config.store import CHOSEN, RECIPE_FILE, shared_select_knobs
+from ftrun.config.store import CHOSEN, RECIPE_FILE
 from ftrun.errors import ConfigError
 from ftrun.registry import Knob, read_dataclass, type_name
 
@@ -55,7 +55,7 @@ def test_sections_are_read_alike(cls: type) -> None:
 
 
 def test_no_scorer_takes_a_name_of_the_select_section() -> None:
-    taken = {"model", "picker", "name", RECIPE_FILE, CHOSEN, *shared_select_knobs()}
+    taken = {"model", "picker", "name", RECIPE_FILE, CHOSEN, *settings.shared_select_knobs()}
     for slot, name in COMPONENTS:
         own = set(registry.find(slot, name).knobs)
         assert not own & (taken if slot == "select" else {"name", RECIPE_FILE, CHOSEN}), f"{slot}={name}"
@@ -69,7 +69,7 @@ def test_unknown_names_offer_the_nearest() -> None:
         registry.register("adaptor", "mine")
 
 
-SOURCE = '''
+SOURCE = """
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -88,7 +88,7 @@ class Mine(Base):
     names: list[str] = field(default_factory=lambda: ["x"])  # names
     table: dict[str, float] = field(default_factory=dict)  # numbers by name
     bare: float | None = -1.5
-'''
+"""
 
 
 def test_a_dataclass_is_read_from_its_source(tmp_path) -> None:
@@ -116,7 +116,7 @@ def test_a_dataclass_is_read_from_its_source(tmp_path) -> None:
 def test_a_knob_without_a_default_is_refused(tmp_path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("class Mine:\n    r: int\n")
-    with pytest.raises(ConfigError, match="r in .* has no default"):
+    with pytest.raises(ConfigError, match=r"r in .* has no default"):
         read_dataclass(file, "Mine")
 
 

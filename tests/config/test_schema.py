@@ -55,7 +55,7 @@ def test_values_that_fit(value: Any, kind: Any, expected: Any) -> None:
     ],
 )
 def test_values_that_do_not_fit(value: Any, kind: Any, todo: str) -> None:
-    with pytest.raises(ConfigError, match="^key takes ") as error:
+    with pytest.raises(ConfigError, match=r"^key takes ") as error:
         coerce(value, kind, "key")
     assert error.value.todo == todo and error.value.where == f"key={value}"
 

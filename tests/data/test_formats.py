@@ -8,6 +8,7 @@ from ftrun.data.formats import layout_of
 from ftrun.data.records import Message
 from ftrun.errors import ConfigError, DataError
 
+
 def U(text):
     return Message("user", text)
 
@@ -18,7 +19,6 @@ def A(text):
 
 def S(text):
     return Message("system", text)
-
 
 
 def record(*rows, setting="auto", columns=None, system=None):
@@ -41,11 +41,23 @@ SFT = {
     "alpaca with system": ({"system": "s", "instruction": "q", "output": "a"}, (S("s"), U("q"), A("a"))),
     "completion": ({"prompt": "q", "completion": "a"}, (U("q"), A("a"))),
     "response": ({"prompt": "q", "response": "a"}, (U("q"), A("a"))),
-    "instruction, context, response": ({"instruction": "q", "context": "c", "response": "a", "category": "x"}, (U("q\n\nc"), A("a"))),
-    "turns as prompt and completion": ({"prompt": TURNS[:2], "completion": [turn("assistant", "a")]}, (S("s"), U("q"), A("a"))),
+    "instruction, context, response": (
+        {"instruction": "q", "context": "c", "response": "a", "category": "x"},
+        (U("q\n\nc"), A("a")),
+    ),
+    "turns as prompt and completion": (
+        {"prompt": TURNS[:2], "completion": [turn("assistant", "a")]},
+        (S("s"), U("q"), A("a")),
+    ),
     "messages": ({"messages": TURNS}, (S("s"), U("q"), A("a"), U("q2"), A("a2"))),
-    "messages in parts": ({"messages": [turn("user", [{"type": "text", "text": "q"}]), turn("assistant", "a")]}, (U("q"), A("a"))),
-    "sharegpt": ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}, (S("s"), U("q"), A("a"))),
+    "messages in parts": (
+        {"messages": [turn("user", [{"type": "text", "text": "q"}]), turn("assistant", "a")]},
+        (U("q"), A("a")),
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+        (S("s"), U("q"), A("a")),
+    ),
 }
 
 
@@ -66,13 +78,26 @@ def test_gold_answer_and_verifier_are_kept():
     [
         {"prompt": "q", "chosen": "good", "rejected": "bad"},
         {"prompt": "q", "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]},
-        {"chosen": [turn("user", "q"), turn("assistant", "good")], "rejected": [turn("user", "q"), turn("assistant", "bad")]},
-        {"prompt": "q", "messages": TURNS, "chosen": [turn("user", "q"), turn("assistant", "good")], "rejected": [turn("user", "q"), turn("assistant", "bad")]},
+        {
+            "chosen": [turn("user", "q"), turn("assistant", "good")],
+            "rejected": [turn("user", "q"), turn("assistant", "bad")],
+        },
+        {
+            "prompt": "q",
+            "messages": TURNS,
+            "chosen": [turn("user", "q"), turn("assistant", "good")],
+            "rejected": [turn("user", "q"), turn("assistant", "bad")],
+        },
     ],
 )
 def test_preferences(row):
     result = record(row)
-    assert (result.kind, result.messages, result.chosen, result.rejected) == ("pairs", (U("q"),), (A("good"),), (A("bad"),))
+    assert (result.kind, result.messages, result.chosen, result.rejected) == (
+        "pairs",
+        (U("q"),),
+        (A("good"),),
+        (A("bad"),),
+    )
 
 
 def test_pairs_may_share_several_turns():
@@ -113,7 +138,12 @@ def test_columns_are_renamed_first():
 
 def test_format_can_be_forced():
     assert record({"text": "t", "label": "x"}, setting="text").kind == "text"
-    assert record({"instruction": "q", "output": "a"}, {"instruction": "q", "output": "a", "messages": []}, setting="alpaca").response == "a"
+    assert (
+        record(
+            {"instruction": "q", "output": "a"}, {"instruction": "q", "output": "a", "messages": []}, setting="alpaca"
+        ).response
+        == "a"
+    )
     with pytest.raises(DataError, match="no output"):
         record({"prompt": "q", "completion": "a"}, setting="alpaca")
 
@@ -175,8 +205,21 @@ def test_bad_conversations(turns, words):
         ({"chosen": "a", "rejected": "b"}, "no prompt"),
         ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty rejected"),
         ({"prompt": "q", "chosen": [turn("assistant", "a")], "rejected": "b"}, "on one side"),
-        ({"chosen": [turn("user", "q"), turn("assistant", "a")], "rejected": [turn("user", "p"), turn("assistant", "b")]}, "do not share"),
-        ({"prompt": "p", "chosen": [turn("user", "q"), turn("assistant", "a")], "rejected": [turn("user", "q"), turn("assistant", "b")]}, "differs"),
+        (
+            {
+                "chosen": [turn("user", "q"), turn("assistant", "a")],
+                "rejected": [turn("user", "p"), turn("assistant", "b")],
+            },
+            "do not share",
+        ),
+        (
+            {
+                "prompt": "p",
+                "chosen": [turn("user", "q"), turn("assistant", "a")],
+                "rejected": [turn("user", "q"), turn("assistant", "b")],
+            },
+            "differs",
+        ),
         ({"prompt": "q", "completion": "a", "label": 0.5}, "neither true nor false"),
         ({"text": "t", "label": ""}, "as label"),
         ({"text": "t", "label": [1]}, "as label"),

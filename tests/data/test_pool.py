@@ -93,9 +93,15 @@ def test_hash_is_of_the_content_alone(tmp_path):
     assert moved.hashes.tolist() == first.hashes[::-1].tolist()
     assert moved.fingerprint != first.fingerprint
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"input": None, "id": n} for n, row in enumerate(rows)]), tmp_path / "p.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([row | {"input": None, "id": n} for n, row in enumerate(rows)]),
+        tmp_path / "p.parquet",
+    )
     parquet = load_pool(DataConfig(path=str(tmp_path / "p.parquet")), tmp_path / "work-parquet", 0)
-    chat = [{"messages": [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]} for row in rows]
+    chat = [
+        {"messages": [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]}
+        for row in rows
+    ]
     for other in (parquet, pool_of(tmp_path, chat, "chat"), pool_of(tmp_path, rows, "system", system="be kind")):
         assert other.hashes.tolist() == first.hashes.tolist()
     assert pool_of(tmp_path, rows, "again").fingerprint == first.fingerprint
@@ -120,7 +126,9 @@ def test_folder_with_two_formats_is_refused(tmp_path):
 
 
 def test_limit_takes_the_first_rows(tmp_path):
-    assert contents(pool_of(tmp_path, alpaca(range(9)), limit=4)) == contents(pool_of(tmp_path, alpaca(range(4)), "four"))
+    assert contents(pool_of(tmp_path, alpaca(range(9)), limit=4)) == contents(
+        pool_of(tmp_path, alpaca(range(4)), "four")
+    )
     for wrong in (0, -3):
         with pytest.raises(ConfigError, match="limit"):
             pool_of(tmp_path, alpaca(range(9)), limit=wrong)
@@ -193,7 +201,9 @@ def test_mixture_with_limit_and_seed(tmp_path):
     assert len(mixture(tmp_path, sizes, limit=1000)) == 100
 
 
-@given(st.lists(st.tuples(st.integers(1, 500), st.floats(0, 10)), min_size=1, max_size=6), st.none() | st.integers(1, 2000))
+@given(
+    st.lists(st.tuples(st.integers(1, 500), st.floats(0, 10)), min_size=1, max_size=6), st.none() | st.integers(1, 2000)
+)
 def test_mixture_counts_add_up(sources, limit):
     sizes, weights = np.array([size for size, _ in sources]), [weight for _, weight in sources]
     if sum(weights) <= 1e-3:
@@ -214,7 +224,10 @@ def test_mixtures_that_cannot_be(tmp_path):
 
 
 def test_mixture_of_two_layouts_of_one_kind(tmp_path):
-    paths = [write(tmp_path / "a.jsonl", alpaca(range(2))), write(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "c"}])]
+    paths = [
+        write(tmp_path / "a.jsonl", alpaca(range(2))),
+        write(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "c"}]),
+    ]
     pool = load_pool(DataConfig(path=paths), tmp_path / "work", 0)
     assert pool.format == "alpaca + prompt_completion" and contents(pool) == ["answer 0", "answer 1", "c"]
 
@@ -253,7 +266,11 @@ def test_no_share_and_every_share(tmp_path):
 
 def test_heldout_file_is_kept_out_of_training(tmp_path):
     pool = pool_of(tmp_path, alpaca(range(20)))
-    data = DataConfig(path=str(tmp_path / "rows.jsonl"), heldout_path=write(tmp_path / "held.jsonl", alpaca(range(15, 40))), heldout_limit=10)
+    data = DataConfig(
+        path=str(tmp_path / "rows.jsonl"),
+        heldout_path=write(tmp_path / "held.jsonl", alpaca(range(15, 40))),
+        heldout_limit=10,
+    )
     train, held = train_and_heldout(pool, data, tmp_path / "work", 0)
     assert contents(train) == [f"answer {n}" for n in range(15)]
     assert len(held) == 10 and set(contents(held)) <= {f"answer {n}" for n in range(15, 40)}
@@ -265,6 +282,8 @@ def test_heldout_file_is_kept_out_of_training(tmp_path):
 def test_builtin_and_folder_as_a_mixture(tmp_path):
     (tmp_path / "rows").mkdir()
     write(tmp_path / "rows" / "a.jsonl", alpaca(range(4)))
-    pool = load_pool(DataConfig(path=[str(tmp_path / "rows"), "builtin:gsm_symbolic:4"], weights=[1, 1]), tmp_path / "work", 0)
-    assert len(pool) == 8 and pool[7].verifier == "gsm_symbolic" and pool.origin(4) == "builtin:gsm_symbolic:1"
+    pool = load_pool(
+        DataConfig(path=[str(tmp_path / "rows"), "builtin:gsm_symbolic:4"], weights=[1, 1]), tmp_path / "work", 0
+    )
+    assert len(pool) == 8 and pool[7].verifier == "gsm_symbolic" and pool.origin(4) == "builtin:gsm_symbolic:4:1"
     assert all(character in string.printable for character in pool.fingerprint)

@@ -40,7 +40,9 @@ def chat(*turns: str, system: str | None = None) -> Record:
 def spans(tokenizer, sequence) -> list[str]:
     """Texts of the runs of trained tokens."""
     found: list[list[int]] = []
-    for before, token, weight in zip([0.0, *sequence.loss_weight], sequence.input_ids, sequence.loss_weight, strict=False):
+    for before, token, weight in zip(
+        [0.0, *sequence.loss_weight], sequence.input_ids, sequence.loss_weight, strict=False
+    ):
         if weight > 0:
             if not before:
                 found.append([])
@@ -51,7 +53,9 @@ def spans(tokenizer, sequence) -> list[str]:
 def inference_ids(tokenizer, messages) -> list[int]:
     """What generation feeds the model, computed without the code under test."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    return tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
+    return tokenizer(
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), add_special_tokens=False
+    )["input_ids"]
 
 
 @pytest.mark.parametrize("template", [None, "chatml", "alpaca", "plain"])
@@ -73,14 +77,28 @@ def test_trained_span_is_the_response_and_its_end_of_turn(tokenizer, template, s
 def test_newline_after_the_turn_is_not_trained(tokenizer):
     sequence = Renderer(tokenizer).sequences(chat("what", "yes"))[0]
     assert tokenizer.decode(sequence.input_ids[-1:]) == "\n" and sequence.loss_weight[-1] == 0
-    assert sequence.input_ids[-2] == tokenizer.convert_tokens_to_ids("<|im_end|>") == Renderer(tokenizer).end_of_turn and sequence.loss_weight[-2] == 1
+    assert (
+        sequence.input_ids[-2] == tokenizer.convert_tokens_to_ids("<|im_end|>") == Renderer(tokenizer).end_of_turn
+        and sequence.loss_weight[-2] == 1
+    )
 
 
-@pytest.mark.parametrize(("train_on", "expected"), [("responses", ["yes 1<|im_end|>", "no 2<|im_end|>"]), ("last_response", ["no 2<|im_end|>"])])
+@pytest.mark.parametrize(
+    ("train_on", "expected"),
+    [("responses", ["yes 1<|im_end|>", "no 2<|im_end|>"]), ("last_response", ["no 2<|im_end|>"])],
+)
 def test_turns_of_a_conversation(tokenizer, train_on, expected):
     sequence = Renderer(tokenizer, train_on).sequences(chat(*MULTI, system="s"))[0]
     assert spans(tokenizer, sequence) == expected
-    assert sequence.input_ids.tolist()[: len(Renderer(tokenizer).prompt_ids(chat(*MULTI, system="s")))] == inference_ids(tokenizer, chat(*MULTI, system="s").prompt)
+    assert sequence.input_ids.tolist()[
+        : len(Renderer(tokenizer).prompt_ids(chat(*MULTI, system="s")))
+    ] == inference_ids(tokenizer, chat(*MULTI, system="s").prompt)
+
+
+def test_opening_assistant_turn_is_context(tokenizer):
+    messages = (Message("assistant", "hello"), *chat("what", "yes").messages)
+    sequence = Renderer(tokenizer).sequences(Record(0, "sft", messages=messages))[0]
+    assert spans(tokenizer, sequence) == ["yes<|im_end|>"] and "hello" in tokenizer.decode(sequence.input_ids)
 
 
 def test_train_on_all(tokenizer):
@@ -89,7 +107,11 @@ def test_train_on_all(tokenizer):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), min_size=2, max_size=4).filter(lambda turns: len(turns) % 2 == 0))
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), min_size=2, max_size=4).filter(
+        lambda turns: len(turns) % 2 == 0
+    )
+)
 def test_odd_strings_are_masked_right(tiny_dir, turns):
     from transformers import AutoTokenizer
 
@@ -104,7 +126,13 @@ def test_an_end_of_turn_written_by_the_user_changes_no_mask(tokenizer):
 
 
 def test_pairs_share_their_prompt(tokenizer):
-    record = Record(3, "pairs", messages=chat("what", "yes", "and").messages, chosen=(Message("assistant", "yes yes"),), rejected=(Message("assistant", "no"),))
+    record = Record(
+        3,
+        "pairs",
+        messages=chat("what", "yes", "and").messages,
+        chosen=(Message("assistant", "yes yes"),),
+        rejected=(Message("assistant", "no"),),
+    )
     chosen, rejected = Renderer(tokenizer).sequences(record)
     assert spans(tokenizer, chosen) == ["yes yes<|im_end|>"] and spans(tokenizer, rejected) == ["no<|im_end|>"]
     prompt = Renderer(tokenizer).prompt_ids(record)
@@ -121,7 +149,11 @@ def test_binary_carries_its_label(tokenizer):
 def test_prompts_are_only_prompts(tokenizer):
     record = Record(0, "prompts", messages=(Message("user", "what"),), answer="4")
     sequence = Renderer(tokenizer).sequences(record)[0]
-    assert sequence.input_ids.tolist() == inference_ids(tokenizer, record.messages) == Renderer(tokenizer).prompt_ids(record)
+    assert (
+        sequence.input_ids.tolist()
+        == inference_ids(tokenizer, record.messages)
+        == Renderer(tokenizer).prompt_ids(record)
+    )
     assert not sequence.loss_weight.any()
 
 
@@ -145,7 +177,10 @@ def test_batch_equals_one_by_one(tokenizer):
     together = Renderer(tokenizer).batch(records, ["", "", ""])
     for record, sequences in zip(records, together, strict=True):
         alone = Renderer(tokenizer).sequences(record)
-        assert alone[0].input_ids.tolist() == sequences[0].input_ids.tolist() and alone[0].loss_weight.tolist() == sequences[0].loss_weight.tolist()
+        assert (
+            alone[0].input_ids.tolist() == sequences[0].input_ids.tolist()
+            and alone[0].loss_weight.tolist() == sequences[0].loss_weight.tolist()
+        )
 
 
 # ---- templates ----
@@ -160,7 +195,11 @@ def test_thoughts_that_vanish_from_earlier_turns(tokenizer):
     renderer = Renderer(tokenizer, "last_response")
     sequence = renderer.sequences(chat(*turns))[0]
     assert spans(tokenizer, sequence) == ["thought#no<|im_end|>"]
-    assert sequence.input_ids.tolist()[: len(renderer.prompt_ids(chat(*turns)))] == renderer.prompt_ids(chat(*turns)) == inference_ids(tokenizer, chat(*turns).prompt)
+    assert (
+        sequence.input_ids.tolist()[: len(renderer.prompt_ids(chat(*turns)))]
+        == renderer.prompt_ids(chat(*turns))
+        == inference_ids(tokenizer, chat(*turns).prompt)
+    )
     assert spans(tokenizer, Renderer(tokenizer).sequences(chat("what", "thought#yes"))[0]) == ["thought#yes<|im_end|>"]
 
 
@@ -212,8 +251,10 @@ def test_generation_prompt_that_is_no_beginning_of_a_turn(tokenizer):
 
 
 def test_template_cannot_see_the_clock(tokenizer):
-    tokenizer.chat_template = "{{ strftime_now('%Y') }}{{ date_string }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
-    assert tokenizer.decode(Renderer(tokenizer).prompt_ids(chat("what", "yes"))) == "202426 Jul 2024what<|im_end|>"
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d %B %Y') }} {% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    assert tokenizer.decode(Renderer(tokenizer).prompt_ids(chat("what", "yes"))) == "26 July 2024 what<|im_end|>"
 
 
 def with_bos(tokenizer, added: bool):
@@ -221,7 +262,9 @@ def with_bos(tokenizer, added: bool):
 
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     if added:
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
     return tokenizer
 
 
@@ -248,7 +291,16 @@ def test_tokenizer_that_marks_the_beginning_of_a_text(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     letters = list("abcdefghijklmnopqrstuvwxyz[]/INST")
-    vocab = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *[(letter, -5.0) for letter in dict.fromkeys(letters)], ("▁", -4.0), ("▁yes", -2.0), ("▁what", -2.0), ("yes", -3.0)]
+    vocab = [
+        ("<unk>", 0.0),
+        ("<s>", 0.0),
+        ("</s>", 0.0),
+        *[(letter, -5.0) for letter in dict.fromkeys(letters)],
+        ("▁", -4.0),
+        ("▁yes", -2.0),
+        ("▁what", -2.0),
+        ("yes", -3.0),
+    ]
     backend = Tokenizer(models.Unigram(vocab, unk_id=0))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

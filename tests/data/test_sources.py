@@ -15,7 +15,7 @@ from ftrun.data.verify import verifier
 from ftrun.errors import ConfigError, DataError
 
 ROWS = [
-    {"prompt": "a, \"quoted\" b", "completion": "line\nbreak"},
+    {"prompt": 'a, "quoted" b', "completion": "line\nbreak"},
     {"prompt": "separator \u2028 and \x85", "completion": "ünïcödé 🙂"},
     {"prompt": "third", "completion": "3"},
 ]
@@ -121,9 +121,15 @@ def test_every_source_gives_the_rows_in_order(write, tmp_path, monkeypatch):
 
 def test_origin_is_file_and_line(tmp_path):
     write_jsonl_with_bom_and_blank_lines(tmp_path)
-    assert [(raw.file, raw.line) for raw in sources.read(str(tmp_path / "rows.jsonl"))] == [(str(tmp_path / "rows.jsonl"), n) for n in (1, 3, 5)]
+    assert [(raw.file, raw.line) for raw in sources.read(str(tmp_path / "rows.jsonl"))] == [
+        (str(tmp_path / "rows.jsonl"), n) for n in (1, 3, 5)
+    ]
     write_csv(tmp_path)
-    assert [raw.line for raw in sources.read(str(tmp_path / "rows.csv"))] == [2, 4, 5]  # the first row's answer has two lines
+    assert [raw.line for raw in sources.read(str(tmp_path / "rows.csv"))] == [
+        2,
+        4,
+        5,
+    ]  # the first row's answer has two lines
 
 
 def refused(path, *words):

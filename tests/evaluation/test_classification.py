@@ -44,11 +44,13 @@ def labelled():
 
 
 def test_equals_one_row_at_a_time(classifier, context, labelled):
-    answers = []
+    answers, losses = [], []
     for index in range(20):
         ids = torch.tensor(labelled.sequence(index).input_ids, dtype=torch.long)[None]
         with torch.no_grad():
-            answers.append(int(classifier.model(input_ids=ids).logits.argmax()))
+            logits = classifier.model(input_ids=ids).logits[0].double()
+        answers.append(int(logits.argmax()))
+        losses.append(float(-logits.log_softmax(-1)[labelled.sequence(index).label]))
     assert len(set(answers)) > 1, "a test of a classifier that always says the same would be empty"
     reference = None
     for batch_tokens in (1, 100, 10_000):
@@ -58,6 +60,8 @@ def test_equals_one_row_at_a_time(classifier, context, labelled):
         ]
         assert found.metrics["accuracy"].value == np.mean(np.array(answers) == labelled.label)
         assert found.metrics["macro_f1"].value == pytest.approx(f1_score(labelled.label, answers, average="macro"))
+        assert found.metrics["loss"].value == pytest.approx(np.mean(losses), abs=1e-5)
+        assert not found.metrics["loss"].higher_is_better
         probabilities = [prediction["probability"] for prediction in found.predictions]
         assert reference is None or probabilities == pytest.approx(reference, abs=1e-5)
         reference = probabilities

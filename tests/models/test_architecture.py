@@ -13,6 +13,7 @@ from torch import nn
 from ftrun.data.batches import Batch, collate
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError
+from ftrun.models import varlen
 from ftrun.models.architecture import describe
 from ftrun.models.head import token_nll
 from ftrun.models.wrappers import unwrap
@@ -105,22 +106,24 @@ def test_states_and_head_give_the_models_logits(family, attention, table):
 
 
 @family
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_equals_separate(family, attention, table):
+@pytest.mark.parametrize("attention", ["sdpa", "eager", varlen.NAME])
+@pytest.mark.parametrize("groups", [[[0, 1, 2], [3]], [[1, 2, 0, 3]]], ids=["two rows", "one row"])
+def test_packed_equals_separate(family, attention, groups, table):
     model = make(family, attention)
     found = describe(model)
-    packed = collate(table, [[0, 1, 2], [3]], 0)
+    packed = collate(table, groups, 0)
     assert packed.packed
     with torch.no_grad():
         together = found.hidden_states(model, packed)
-        for index, batch in enumerate(alone(table)):
-            states = together[packed.sequence == index]
-            torch.testing.assert_close(states, found.hidden_states(model, batch)[0], rtol=1e-5, atol=1e-5)
+        for number, index in enumerate(packed.table_index.tolist()):
+            states = found.hidden_states(model, collate(table, [[index]], 0))[0]
+            torch.testing.assert_close(together[packed.sequence == number], states, rtol=1e-5, atol=1e-5)
 
 
 @family
-def test_packed_gradient_equals_separate(family, table):
-    model = make(family)
+@pytest.mark.parametrize("attention", ["sdpa", varlen.NAME])
+def test_packed_gradient_equals_separate(family, attention, table):
+    model = make(family, attention)
     found = describe(model)
 
     def gradient(batches: list[Batch]) -> torch.Tensor:

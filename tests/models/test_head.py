@@ -16,7 +16,9 @@ WIDTH, VOCABULARY = 6, 23
 COMBINATIONS = list(itertools.product([False, True], [1.0, 0.3], [None, 2.0], ["none", "weight", "all"]))
 
 
-def parts(bias: bool, trained: str, count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def parts(
+    bias: bool, trained: str, count: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     draw = torch.Generator().manual_seed(count)
     hidden = torch.randn(count, WIDTH, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(VOCABULARY, WIDTH, generator=draw, dtype=torch.float64).to(dtype)
@@ -52,7 +54,9 @@ def test_equals_cross_entropy(chunk, bias, scale, cap, trained, count):
     ours, wanted = token_nll(hidden, head, targets), plain(hidden, head, targets)
     torch.testing.assert_close(ours, wanted)
     for mine, theirs in zip(
-        torch.autograd.grad((ours * upstream).sum(), leaves), torch.autograd.grad((wanted * upstream).sum(), leaves), strict=True
+        torch.autograd.grad((ours * upstream).sum(), leaves),
+        torch.autograd.grad((wanted * upstream).sum(), leaves),
+        strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
     with torch.no_grad():
@@ -63,7 +67,9 @@ def test_equals_cross_entropy(chunk, bias, scale, cap, trained, count):
 def test_gradcheck(bias, scale, cap, trained):
     hidden, weight, offset, targets = parts(bias, trained, 4)
     torch.autograd.gradcheck(
-        lambda h, w, b: token_nll(h, Head(w, b, scale, cap, VOCABULARY), targets), (hidden, weight, offset), fast_mode=True
+        lambda h, w, b: token_nll(h, Head(w, b, scale, cap, VOCABULARY), targets),
+        (hidden, weight, offset),
+        fast_mode=True,
     )
 
 
@@ -118,7 +124,9 @@ def test_module_head(chunk, count):
     torch.testing.assert_close(ours, wanted)
     if count:
         leaves = [hidden, weight, offset]
-        for mine, theirs in zip(torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True):
+        for mine, theirs in zip(
+            torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True
+        ):
             torch.testing.assert_close(mine, theirs)
     else:
         ours.sum().backward()
@@ -133,7 +141,12 @@ def test_logits_never_exceed_the_bound(monkeypatch):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            if isinstance(result, Tensor) and result.ndim == 2 and result.shape[1] == VOCABULARY and len(result) != WIDTH:
+            if (
+                isinstance(result, Tensor)
+                and result.ndim == 2
+                and result.shape[1] == VOCABULARY
+                and len(result) != WIDTH
+            ):
                 seen.append(result.numel() * result.element_size())
             return result
 

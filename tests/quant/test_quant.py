@@ -127,7 +127,7 @@ def test_every_linear_but_the_head_is_quantised(load, quant, kind):
 def test_prepared_model_is_frozen(load, checkpointing):
     model = load("nf4", checkpointing)
     assert not any(p.requires_grad for p in model.parameters())
-    assert model.is_gradient_checkpointing == checkpointing
+    assert model.model.layers[0].gradient_checkpointing == checkpointing
 
 
 # ---- LoRA on top ----

@@ -29,7 +29,7 @@ def overrides_for(name, rows_for, tiny_dir, tiny_encoder_dir, out) -> list[str]:
         f"model.path={tiny_encoder_dir if settings.task == 'classify' else tiny_dir}",
         f"data.path={rows_for[kind]}",
         "data.heldout=0.2",
-        "data.max_length=256",
+        "data.max_length=128",
         "train.max_steps=3",
         "train.batch_size=4",
         f"out={out}",

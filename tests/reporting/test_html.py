@@ -9,8 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from made_up_run import make
+from pyarrow import parquet
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from ftrun.reporting.html import write_report
 from ftrun.reporting.run import Run
@@ -189,6 +193,24 @@ def test_resumed_run_counts_the_later_line(tmp_path):
     steps, loss = run.series("loss")
     assert steps.tolist() == [1, 2] and loss.tolist() == [3.0, 1.0]
     assert run.series("eval_loss")[1].tolist() == [9.0]
+
+
+def test_token_ids_are_spelled_by_the_saved_tokenizer(tmp_path):
+    """tokens.parquet holds ids; without a tokenizer in the run folder they are shown bare."""
+    folder = make(tmp_path)
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "▁hello": 1, EVIL: 2}, unk_token="<unk>"))
+    columns = {
+        "id": [5, 5, 5],
+        "position": [0, 1, 2],
+        "token": [1, 2, 9],
+        "score": [1.0, 2.0, 3.0],
+        "weight": [0.0, 1.0, 0.5],
+    }
+    parquet.write_table(pa.table(columns), folder / "selection/tokens.parquet")
+    assert "⟨1⟩⟨2⟩⟨9⟩" in report(folder)[0].text
+    (folder / "adapter").mkdir()
+    tokenizer.save(str(folder / "adapter/tokenizer.json"))
+    assert f"hello{EVIL}⟨9⟩" in report(folder)[0].text
 
 
 def test_best_rows_are_shown_with_text(whole):

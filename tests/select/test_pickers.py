@@ -90,7 +90,10 @@ def test_kmeans_random_is_random_by_seed_and_not_by_order(rows, make_pool, conte
         pool = make_pool(permuted)
         table = Table({}, np.ones(24, np.int64), pool)
         picker = KMeansRandom(clusters=4, embedding="model", of="row")
-        return {pool.fields(place)["output"] + pool.fields(place)["instruction"] for place in pick(picker, table, context(seed=seed), Budget(rows=8), candidates=range(24))}
+        return {
+            pool.fields(place)["output"] + pool.fields(place)["instruction"]
+            for place in pick(picker, table, context(seed=seed), Budget(rows=8), candidates=range(24))
+        }
 
     assert picks(rows, 0) == picks([rows[i] for i in order], 0)
     assert picks(rows, 0) != picks(rows, 1)

@@ -27,7 +27,11 @@ def select(context, bundle):
 def read(ctx) -> tuple[pa.Table, list[dict], dict]:
     folder = ctx.out / "selection"
     lines = (folder / "selected.jsonl").read_text().splitlines()
-    return pq.read_table(folder / "scores.parquet"), [json.loads(line) for line in lines], json.loads((folder / "summary.json").read_text())
+    return (
+        pq.read_table(folder / "scores.parquet"),
+        [json.loads(line) for line in lines],
+        json.loads((folder / "summary.json").read_text()),
+    )
 
 
 def test_files_say_the_same_as_the_result(rows, make_pool, select):
@@ -43,12 +47,18 @@ def test_files_say_the_same_as_the_result(rows, make_pool, select):
     assert [str(kind) for kind in scores.schema.types] == ["int64", "double", "double", "double", "bool", "int64"]
     assert scores["id"].to_pylist() == list(range(24))
     assert np.flatnonzero(scores["selected"].to_numpy()).tolist() == sorted(expected)
-    assert {place: rank for place, rank in enumerate(scores["rank"].to_pylist()) if rank} == {place: n for n, place in enumerate(expected, 1)}
+    assert {place: rank for place, rank in enumerate(scores["rank"].to_pylist()) if rank} == {
+        place: n for n, place in enumerate(expected, 1)
+    }
     assert summary["pool"] == 24
     assert summary["picked"] == 6
     assert summary["filtered"] == 24 - len(admitted)
     assert summary["tokens"] == selected.table.lengths[expected].sum()
-    assert sorted(file.name for file in (ctx.out / "selection").iterdir()) == ["scores.parquet", "selected.jsonl", "summary.json"]
+    assert sorted(file.name for file in (ctx.out / "selection").iterdir()) == [
+        "scores.parquet",
+        "selected.jsonl",
+        "summary.json",
+    ]
 
 
 def test_a_subset_keeps_its_row_numbers(rows, make_pool, select):
@@ -84,7 +94,13 @@ def test_none_takes_every_row_in_order(rows, make_pool, select):
 
 
 def test_kmeans_random_works_without_a_scorer(rows, make_pool, select):
-    selected, _ = select(make_pool(rows), select="none", picker="kmeans_random", picker_knobs={"clusters": 4, "embedding": "model"}, budget=8)
+    selected, _ = select(
+        make_pool(rows),
+        select="none",
+        picker="kmeans_random",
+        picker_knobs={"clusters": 4, "embedding": "model"},
+        budget=8,
+    )
     assert len(set(selected.ids.tolist())) == 8
 
 
@@ -135,7 +151,10 @@ def half_scored(make_pool):
 def test_rows_without_a_score_are_counted_and_left_out(half_scored, select):
     selected, ctx = select(half_scored, select="superfiltering", picker="threshold", picker_knobs={"minimum": 0})
     scores, _, summary = read(ctx)
-    assert summary["unscored"] == {"rows": 2, "reasons": {"a one-token response has no direct loss": {"rows": 2, "ids": [8, 9]}}}
+    assert summary["unscored"] == {
+        "rows": 2,
+        "reasons": {"a one-token response has no direct loss": {"rows": 2, "ids": [8, 9]}},
+    }
     assert np.isnan(scores["ifd"].to_numpy()[8:]).all()
     assert not {8, 9} & set(selected.ids.tolist())
 

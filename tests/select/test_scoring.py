@@ -159,7 +159,9 @@ def test_shards_of_another_model_are_not_used(scoring, texts, tmp_path, bundle):
 
 
 def test_a_measure_of_ones_own(scoring, texts):
-    found = scoring().measure(segments(texts), "length", lambda bundle, batch: [np.ones(int(n)) for n in (batch.sequence >= 0).sum(1)])
+    found = scoring().measure(
+        segments(texts), "length", lambda bundle, batch: [np.ones(int(n)) for n in (batch.sequence >= 0).sum(1)]
+    )
     assert [len(value) for value in found] == [len(before) + len(target) for before, target in texts]
 
 

@@ -30,5 +30,7 @@ def builtin_rows(path: str) -> Iterator[dict[str, Any]]:
     """Rows of ``builtin:NAME`` or ``builtin:NAME:ROWS``."""
     _, name, *rest = path.split(":")
     if len(rest) > 1 or (rest and not (rest[0].isascii() and rest[0].isdigit() and int(rest[0]) > 0)):
-        raise ConfigError(f'"{path}" is not builtin:NAME or builtin:NAME:ROWS', f"data.path={path}", "ROWS is a whole number above 0.")
+        raise ConfigError(
+            f'"{path}" is not builtin:NAME or builtin:NAME:ROWS', f"data.path={path}", "ROWS is a whole number above 0."
+        )
     yield from builtin(name).rows(int(rest[0]) if rest else None)

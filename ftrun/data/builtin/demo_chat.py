@@ -16,6 +16,10 @@ def rows(count: int | None = None) -> Iterator[dict[str, Any]]:
     """The first ``count`` rows in alpaca layout, or all."""
     lines = FILE.read_text(encoding="utf-8").split("\n")[:-1]
     if count is not None and count > len(lines):
-        raise ConfigError(f"demo_chat has {len(lines)} rows, {count} were asked for", f"builtin:demo_chat:{count}", "Ask for fewer, or leave the number out.")
+        raise ConfigError(
+            f"demo_chat has {len(lines)} rows, {count} were asked for",
+            f"builtin:demo_chat:{count}",
+            "Ask for fewer, or leave the number out.",
+        )
     for line in lines[:count]:
         yield json.loads(line)

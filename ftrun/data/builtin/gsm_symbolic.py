@@ -19,7 +19,9 @@ def rows(count: int | None = None) -> Iterator[dict[str, Any]]:
     try:
         from reasoning_gym import create_dataset
     except ImportError as error:
-        raise ConfigError("builtin:gsm_symbolic needs the package reasoning-gym", "", "pip install reasoning-gym") from error
+        raise ConfigError(
+            "builtin:gsm_symbolic needs the package reasoning-gym", "", "pip install reasoning-gym"
+        ) from error
     problems = create_dataset("gsm_symbolic", size=count or DEFAULT_ROWS, seed=SEED)
     for index in range(len(problems)):
         problem = problems[index]

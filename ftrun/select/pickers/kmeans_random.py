@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -53,11 +53,15 @@ class KMeansRandom(Picker):
         try:
             from sklearn.cluster import KMeans, MiniBatchKMeans
         except ImportError:
-            raise ConfigError("picker=kmeans_random needs the package scikit-learn", todo="pip install scikit-learn") from None
+            raise ConfigError(
+                "picker=kmeans_random needs the package scikit-learn", todo="pip install scikit-learn"
+            ) from None
         distinct = len(np.unique(embeddings.round(6), axis=0))
         if distinct < self.clusters:
-            ctx.report.note(f"kmeans_random makes {distinct} clusters instead of {self.clusters}: so many different texts there are")
-        kind = MiniBatchKMeans if len(embeddings) >= MINI_BATCH_FROM else KMeans
+            ctx.report.note(
+                f"kmeans_random makes {distinct} clusters instead of {self.clusters}: so many different texts there are"
+            )
+        kind: Any = MiniBatchKMeans if len(embeddings) >= MINI_BATCH_FROM else KMeans
         k = min(self.clusters, distinct)
         model = kind(n_clusters=k, max_iter=self.iterations, n_init=self.restarts, random_state=ctx.seed)
         return model.fit_predict(embeddings.astype(np.float64))

@@ -28,7 +28,9 @@ class Threshold(Picker):
 
     def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
         if self.minimum is None and self.maximum is None:
-            raise ConfigError("picker=threshold has no bound", todo="Set select.picker.minimum=... or select.picker.maximum=...")
+            raise ConfigError(
+                "picker=threshold has no bound", todo="Set select.picker.minimum=... or select.picker.maximum=..."
+            )
         order = ranked(table, candidates, column)
         scores = table.columns[column][order]
         within = np.ones(len(order), bool)

@@ -73,7 +73,11 @@ class Ifd(Scorer):
                 reasons[row] = ""
             elif reasons[row] == "no response":
                 full = rooms[index] == 0
-                reasons[row] = f"the prompt fills max_length={self.max_length}" if full else "a one-token response has no direct loss"
+                reasons[row] = (
+                    f"the prompt fills max_length={self.max_length}"
+                    if full
+                    else "a one-token response has no direct loss"
+                )
         ctx.scorer.reasons |= {row: reason for row, reason in reasons.items() if reason}
         if cut:
             ctx.report.note(f"{cut} of {len(rooms)} responses are scored up to max_length={self.max_length} only")

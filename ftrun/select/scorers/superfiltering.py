@@ -27,7 +27,9 @@ class Superfiltering(Ifd):
     ratio: Literal["loss", "ppl"] = "ppl"  # ratio of mean losses, or of their exponentials
     template: Literal["alpaca", "plain", "chat"] = "plain"  # layout of the prompt; plain: lines without any markup
     max_length: int = 1024  # tokens of prompt and response that are scored
-    truncation: Literal["equal", "reference"] = "equal"  # reference: a direct side that is cut keeps one token more, as in the authors' code
+    truncation: Literal["equal", "reference"] = (
+        "equal"  # reference: a direct side that is cut keeps one token more, as in the authors' code
+    )
 
     def direct(self, turns: Turns, rooms: list[int]) -> list[tuple[list[int], list[int]]]:
         # the authors' extra token is meant for a BOS; without one it is a response token that the other side never sees

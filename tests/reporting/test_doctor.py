@@ -1,0 +1,100 @@
+"""`ftrun doctor`."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ftrun.reporting import doctor as module
+from ftrun.reporting.doctor import Finding
+
+
+def fake_torch(bf16: bool) -> SimpleNamespace:
+    mkldnn = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: bf16)
+    return SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False), ops=SimpleNamespace(mkldnn=mkldnn))
+
+
+def test_every_finding_that_is_not_ok_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = module.doctor()
+    assert {
+        "python",
+        "torch",
+        "cores",
+        "memory",
+        "run folder",
+        "cache",
+        "bfloat16",
+        "4-bit weights",
+        "model hub",
+        "demo model",
+    } <= {finding.subject for finding in found}
+    assert all(finding.todo for finding in found if finding.status != "ok")
+    assert all(finding.why for finding in found)
+
+
+def test_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(module, "doctor", lambda: [Finding("cores", "ok", "2")])
+    module.print_doctor(as_json=True)
+    assert json.loads(capsys.readouterr().out) == [{"subject": "cores", "status": "ok", "why": "2", "todo": ""}]
+    module.print_doctor()
+    assert "cores" in capsys.readouterr().out
+
+
+def test_the_lock_is_compared(tmp_path: Path) -> None:
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("# comment == 1\ntorch==2.13.0\nlm_eval==0.4.13\n")
+    assert module.locked_versions(lock) == {"torch": "2.13.0", "lm-eval": "0.4.13"}
+    assert module.locked_versions(tmp_path / "absent") == {}
+    assert module._package("numpy", "0.1", "").status == "unsure"
+    assert module._package("no-such-package", None, "pip install it").todo == "pip install it"
+
+
+def test_bf16_depends_on_the_processor() -> None:
+    assert [finding.status for finding in module.bf16(fake_torch(True))] == ["ok"]
+    assert [finding.status for finding in module.bf16(fake_torch(False))] == ["slow"]
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(module.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setenv("FTRUN_CACHE", str(tmp_path / "not" / "yet"))
+    found = {finding.subject: finding for finding in module.disks()}
+    assert found["cache"].status == "missing" and "Permission denied" in found["cache"].why
+    assert "FTRUN_CACHE" in found["cache"].todo
+
+
+def test_idle_cores_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "usable_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert "slow" in {finding.status for finding in module.processor()}
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert {finding.status for finding in module.processor()} == {"ok"}
+
+
+def test_a_silent_hub_does_not_hold_one_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that accepts and never answers."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        (finding,) = module.hub(seconds=0.2)
+    assert finding.status == "missing" and "0.2 s" in finding.why
+
+
+@pytest.mark.parametrize(("present", "status"), [(True, "ok"), (False, "unsure")])
+def test_the_demo_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, present: bool, status: str) -> None:
+    monkeypatch.setenv("FTRUN_CACHE", str(tmp_path))
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0.1.2")
+    folder = tmp_path / "models" / "smollm2-135m-instruct-1"
+    if present:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    assert [finding.status for finding in module.demo_model()] == [status]
