@@ -9,12 +9,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-# pip is silent for minutes or prints hundreds of lines; this shows one line a package
-COUNT = awk '/^Collecting|^Requirement already/ { n++; name = $$1 == "Collecting" ? $$2 : $$4; printf "  [%3d] %s\n", n, name; fflush() } \
-	/^Installing collected/ { print "  installing ..."; fflush() } /^(ERROR|WARNING: Retrying)/ { print; fflush() }'
+# pip is silent for minutes or prints hundreds of lines; this shows one line a package, and whatever else it has to say
+COUNT = awk '/^Collecting|^Requirement already/ { n++; printf "  [%3d] %s\n", n, $$1 == "Collecting" ? $$2 : $$3 == "satisfied:" ? $$4 : $$0; fflush(); next } \
+	/^Installing collected/ { print "  installing ..."; fflush(); next } \
+	/^(Looking in|WARNING: Location)/ { next } \
+	/^ *(Downloading|Using cached|Preparing|Building|Created wheel|Stored in|Found existing|Attempting|Uninstalling|Successfully)/ { next } \
+	{ print; fflush() }'
 
 DEMO := $(BIN)/ftrun train recipe=qlora_sft select=superfiltering budget=0.25 data=gsm_symbolic 'eval=[heldout,generation]' \
-	train.max_steps=30 eval.generation.limit=40
+	eval.generation.rows=16 train.max_steps=30 train.gradient_checkpointing=false
 
 setup: $(STAMP)
 
@@ -22,9 +25,9 @@ setup: $(STAMP)
 $(STAMP): requirements.lock pyproject.toml
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --progress-bar off "$$(grep '^torch==' requirements.lock)" | $(COUNT)
-	@$(PIP) install --progress-bar off --no-deps -r requirements.lock | $(COUNT)
-	@$(PIP) install --progress-bar off --no-deps --quiet --editable .
+	@$(PIP) install --progress-bar off "$$(grep '^torch==' requirements.lock)" 2>&1 | $(COUNT)
+	@$(PIP) install --progress-bar off --no-deps -r requirements.lock 2>&1 | $(COUNT)
+	@$(PIP) install --progress-bar off --no-deps --quiet --editable . 2>&1 | $(COUNT)
 	@touch $@
 
 demo: setup

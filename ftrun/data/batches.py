@@ -177,7 +177,9 @@ class Plan:
         return self._cached[1]
 
 
-def micro_batches(table: TokenTable, rows: np.ndarray, batch_tokens: int, packing: bool, pad_id: int) -> Iterator[Batch]:
+def micro_batches(
+    table: TokenTable, rows: np.ndarray, batch_tokens: int, packing: bool, pad_id: int
+) -> Iterator[Batch]:
     """The micro-batches of one optimiser step, the largest first: what does not fit fails at once, not after an hour."""
     per = table.sequences_per_row
     sequences = (np.asarray(rows)[:, None] * per + np.arange(per)).reshape(-1)

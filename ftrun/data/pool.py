@@ -105,7 +105,7 @@ def load_pool(data: DataConfig, folder: Path, seed: int) -> Pool:
     except BaseException:
         spool.abandon()
         raise
-    index = spool.close()
+    index, stores = spool.close()
     _check_kinds(layouts, paths)
     notes: list[str] = []
     if len(paths) > 1:
@@ -115,7 +115,7 @@ def load_pool(data: DataConfig, folder: Path, seed: int) -> Pool:
         notes = [
             _mixture_note(path, int(size), int(count)) for path, size, count in zip(paths, sizes, counts, strict=True)
         ]
-    return Pool(index, np.arange(len(index)), Stores(spool.stores), spool.files, layouts, notes)
+    return Pool(index, np.arange(len(index)), stores, spool.files, layouts, notes)
 
 
 def _check_settings(data: DataConfig, paths: list[str]) -> None:

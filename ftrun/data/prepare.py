@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ftrun.artifacts import digest, disk_guard, sha256, whole_folder, MANIFEST
+from ftrun.artifacts import MANIFEST, digest, disk_guard, sha256, whole_folder
 from ftrun.config.settings import DataConfig
+from ftrun.data.encode import tokenizer_fingerprint
 from ftrun.data.pool import Pool
 from ftrun.data.records import Record
-from ftrun.data.render import Renderer, tokenizer_fingerprint
+from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
 
@@ -55,16 +56,17 @@ def prepare(
     """
     if not len(pool):
         raise DataError("there are no rows to prepare", "data.path")
-    if data.max_length > context_length:
+    max_length = context_length if data.max_length is None else data.max_length
+    if max_length > context_length:
         raise ConfigError(
-            f"data.max_length={data.max_length} is more than the {context_length} tokens that the model can attend to",
-            f"data.max_length={data.max_length}",
+            f"data.max_length={max_length} is more than the {context_length} tokens that the model can attend to",
+            f"data.max_length={max_length}",
             f"Use data.max_length={context_length} or less.",
         )
-    if data.max_length < 2:
+    if max_length < 2:
         raise ConfigError(
             "data.max_length must be at least 2",
-            f"data.max_length={data.max_length}",
+            f"data.max_length={max_length}",
             "A row needs a token to predict from, and one to predict.",
         )
     if pool.kind == "labels" and labels is None:
@@ -72,11 +74,11 @@ def prepare(
             {record.label for record in pool if record.label is not None},
             key=lambda label: (isinstance(label, str), label),
         )
-    target = folder / cache_key(pool, tokenizer, data, vocab_size, labels)
+    target = folder / cache_key(pool, tokenizer, data, max_length, vocab_size, labels)
     if not (target / MANIFEST).exists():
         renderer = Renderer(tokenizer, data.train_on, labels or ())
         with whole_folder(target) as beside:
-            _Preflight(pool, renderer, data, vocab_size).run(beside, report)
+            _Preflight(pool, renderer, data, max_length, vocab_size).run(beside, report)
     stored = json.loads((target / "prepared.json").read_text())
     table = TokenTable.open(target)
     return Prepared(
@@ -89,10 +91,15 @@ def prepare(
     )
 
 
-def cache_key(pool: Pool, tokenizer: Any, data: DataConfig, vocab_size: int, labels: list[str | int] | None) -> str:
+def cache_key(
+    pool: Pool, tokenizer: Any, data: DataConfig, max_length: int, vocab_size: int, labels: list[str | int] | None
+) -> str:
     """Hash of all that the tokens depend on, the code that makes them included."""
-    settings = [data.max_length, data.overlong, data.train_on, data.system, data.format, data.columns]
-    code = [sha256(Path(__file__).with_name(name)) for name in ("formats.py", "render.py", "prepare.py")]
+    settings = [max_length, data.overlong, data.train_on, data.system, data.format, data.columns]
+    code = [
+        sha256(Path(__file__).with_name(name))
+        for name in ("formats.py", "readers.py", "render.py", "encode.py", "prepare.py")
+    ]
     ids = digest(pool.ids.tolist()) if len(pool) < len(pool.index) else len(pool)
     return digest(
         [pool.fingerprint, ids, pool.format, tokenizer_fingerprint(tokenizer), vocab_size, labels, settings, code]
@@ -102,8 +109,9 @@ def cache_key(pool: Pool, tokenizer: Any, data: DataConfig, vocab_size: int, lab
 class _Preflight:
     """One pass over the pool: sequences go to disk, what cannot be trained is counted by reason."""
 
-    def __init__(self, pool: Pool, renderer: Renderer, data: DataConfig, vocab_size: int):
+    def __init__(self, pool: Pool, renderer: Renderer, data: DataConfig, max_length: int, vocab_size: int):
         self.pool, self.renderer, self.data, self.vocab_size = pool, renderer, data, vocab_size
+        self.max_length = max_length
         self.dropped: dict[str, list[int]] = {}
         self.truncated: list[int] = []
         self.longest: dict[int, int] = {}  # tokens of the first rows that are too long
@@ -138,7 +146,7 @@ class _Preflight:
 
     def _check(self, record: Record, where: str, sequences: list[Sequence]) -> list[Sequence]:
         """The sequences to keep, cut if asked for; empty when the row is left out."""
-        limit = self.data.max_length
+        limit = self.max_length
         for sequence in sequences:
             self._refuse_unknown_ids(record, where, sequence)
             if not self.labelled and not self.prompts_only and not sequence.trained:
@@ -189,25 +197,25 @@ class _Preflight:
             if id not in self.truncated
         )
         if not rows:
-            todo = f"Raise data.max_length (now {self.data.max_length})."
+            todo = f"Raise data.max_length (now {self.max_length})."
         elif self.data.overlong == "truncate":
             todo = "Rows without room for a response cannot be cut. Raise data.max_length, or drop them with data.overlong=drop."
         else:
             todo = "Raise data.max_length, drop such rows with data.overlong=drop, or cut them with data.overlong=truncate."
         raise DataError(
-            f"{lost:,} of {len(self.pool):,} rows are longer than data.max_length={self.data.max_length}{detail}",
+            f"{lost:,} of {len(self.pool):,} rows are longer than data.max_length={self.max_length}{detail}",
             named,
             todo,
         )
 
     def _notes(self) -> list[str]:
         notes = [
-            f"{len(ids):,} of {len(self.pool):,} rows dropped: {reason}={self.data.max_length}"
+            f"{len(ids):,} of {len(self.pool):,} rows dropped: {reason}={self.max_length}"
             for reason, ids in sorted(self.dropped.items())
         ]
         if self.truncated:
             notes.append(
-                f"{len(self.truncated):,} of {len(self.pool):,} rows cut to data.max_length={self.data.max_length} tokens"
+                f"{len(self.truncated):,} of {len(self.pool):,} rows cut to data.max_length={self.max_length} tokens"
             )
         return notes
 

@@ -7,8 +7,6 @@ those that generation sees, and the trained span needs no search for strings.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from ftrun.data.encode import Encoder, Segment
 from ftrun.data.records import Message, Record
 from ftrun.data.tokens import Sequence
 from ftrun.errors import ConfigError, DataError, nearest
@@ -77,28 +76,9 @@ def apply_template(tokenizer: Any, setting: str | None) -> None:
         ) from error
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of what tokens can depend on: vocabulary, rules, special tokens, chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    if backend is not None:
-        rules |= {"truncation": None, "padding": None}  # switches of the last call, not properties
-    parts = [
-        type(tokenizer).__name__,
-        rules,
-        tokenizer.chat_template,
-        {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of rendered text; of a trained response only the tokens up to the end of turn count."""
-
-    text: str
-    trained: bool
-    response: bool = False
+def prompt_ids(record: Record, tokenizer: Any) -> list[int]:
+    """Tokens after which the model is to write the record's response."""
+    return Renderer(tokenizer).prompt_ids(record)
 
 
 @dataclass
@@ -120,7 +100,7 @@ class Renderer:
         if records[0].kind == "text":
             return [[self._plain_text(record, place)] for record, place in zip(records, where, strict=True)]
         rendered = [self._segments(record, place) for record, place in zip(records, where, strict=True)]
-        tokens = iter(self._encode([sequence for parts in rendered for sequence in parts]))
+        tokens = iter(self._encoder.encode([sequence for parts in rendered for sequence in parts]))
         made = []
         for record, place, parts in zip(records, where, rendered, strict=True):
             made.append([self._sequence(record, place, segments, next(tokens)) for segments in parts])
@@ -130,15 +110,19 @@ class Renderer:
         """Tokens after which the model is to write the record's response; what it was trained on, cut before the response."""
         messages = record.prompt if record.kind in ("sft", "binary") else record.messages
         segments = self._conversation(list(messages), range(0), where, generate=True)
-        return [token for part in self._encode([segments])[0] for token in part]
+        return [token for part in self._encoder.encode([segments])[0] for token in part]
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
 
     @cached_property
     def end_of_turn(self) -> int:
         """The token that closes an assistant's turn: what the model learns to stop with."""
         probe = [Message("user", "a"), Message("assistant", "b")]
         segments = self._conversation(probe, range(1, 2), "", generate=False)
-        tokens = self._encode([segments])[0]
-        end = self._turn_end(tokens[-1])
+        tokens = self._encoder.encode([segments])[0]
+        end = self._encoder.turn_end(tokens[-1])
         if end is None:
             raise ConfigError(
                 "the chat template ends an assistant's turn without an end-of-turn token: the model would never learn to stop",
@@ -235,60 +219,13 @@ class Renderer:
 
     # ---- tokens ----
 
-    def _encode(self, conversations: list[list[Segment]]) -> list[list[list[int]]]:
-        """Ids of every segment, each tokenised by itself."""
-        texts = [segment.text for segments in conversations for segment in segments]
-        ids = (
-            self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-            if texts
-            else []
-        )
-        flat = iter(ids)
-        found = [[list(next(flat)) for _ in segments] for segments in conversations]
-        if self._marks_beginnings:
-            for segments, parts in zip(conversations, found, strict=True):
-                for number in range(1, len(segments)):
-                    parts[number] = self._continued(segments[number - 1].text[-1], segments[number].text, parts[number])
-        return found
-
-    @cached_property
-    def _marks_beginnings(self) -> bool:
-        """Whether a text by itself starts with a token of its own, as SentencePiece marks a word's beginning."""
-        alone, after = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("b", "\nb"))
-        newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        return after != [*newline, *alone]
-
-    def _continued(self, before: str, text: str, alone: list[int]) -> list[int]:
-        """Ids of ``text`` as they follow the character ``before``; as they stand alone where the two would merge."""
-        both, first = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before + text, before))
-        return list(both[len(first) :]) if list(both[: len(first)]) == list(first) else alone
-
-    @cached_property
-    def _special(self) -> set[int]:
-        added = self.tokenizer.added_tokens_decoder.items()
-        marks = {
-            id
-            for id, token in added
-            if token.content.strip() and (token.special or not any(map(str.isspace, token.content)))
-        }
-        return marks | set(self.tokenizer.all_special_ids)
-
-    def _turn_end(self, ids: list[int]) -> int | None:
-        """Position of the token that ends the turn: the last special one, with nothing but white space after it."""
-        for position in range(len(ids) - 1, -1, -1):
-            if ids[position] in self._special:
-                return position
-            if self.tokenizer.decode([ids[position]]).strip():
-                return None
-        return None
-
     def _sequence(self, record: Record, where: str, segments: list[Segment], parts: list[list[int]]) -> Sequence:
         ids = np.array([token for part in parts for token in part], np.int32)
         weight = np.zeros(len(ids), np.float32)
         start = 0
         for segment, part in zip(segments, parts, strict=True):
             if segment.trained:
-                end = self._turn_end(part)
+                end = self._encoder.turn_end(part)
                 if end is None or part[end] != self.end_of_turn:
                     raise DataError(
                         f"row {record.id} would be trained without its end of turn",
@@ -320,7 +257,7 @@ class Renderer:
         return Sequence(tokens, weight, record.id)
 
     def _labelled(self, record: Record, where: str, max_length: int | None = None) -> Sequence:
-        if record.label not in self.labels:
+        if record.label is None or record.label not in self.labels:
             raise DataError(
                 f'row {record.id} has the label "{record.label}", which the training rows do not have',
                 where,

@@ -5,25 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import re
-import socket
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ftrun.data.builtin import builtin_rows
+from ftrun.data.hub import refuse_without_hub
+from ftrun.data.paths import local_files, near_file, suffix_of
 from ftrun.errors import DataError, nearest
-
-PACKED = (".gz", ".zst")
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
-HUB_WAIT = 3.0  # seconds for the hub's host to answer before it counts as unreachable
 
 
 @dataclass(frozen=True)
@@ -54,76 +46,12 @@ def read(path: str, split: str = "train") -> Iterator[Raw]:
             raise DataError(f"{file} cannot be read: {error.strerror or error}", str(file)) from error
 
 
-def local_files(path: str) -> list[Path] | None:
-    """The files (and arrow folders) that a path names, sorted; None when it can only be a hub id."""
-    place = Path(path).expanduser()
-    if place.is_file():
-        if not is_data_file(place):
-            known = ", ".join(SUFFIXES)
-            raise DataError(
-                f"{place} has no known ending",
-                str(place),
-                f"Known: {known}; .json, .jsonl and .csv also with .gz or .zst.",
-            )
-        return [place]
-    if place.is_dir():
-        return _in_folder(place)
-    if any(mark in path for mark in "*?["):
-        root = Path(place.anchor) if place.is_absolute() else Path()
-        matches = sorted(root.glob(str(place.relative_to(place.anchor))))
-        files = [
-            file
-            for match in matches
-            for file in (_in_folder(match) if match.is_dir() else [match])
-            if file.is_dir() or is_data_file(file)
-        ]
-        if not files:
-            raise DataError(
-                f'no data file matches "{path}"', f"data.path={path}", "Quote the pattern, and check it with ls."
-            )
-        return files
-    if HUB_ID.fullmatch(path) and not is_data_file(place):
-        return None
-    raise DataError(f'there is no file "{path}"', f"data.path={path}", _near_file(place))
-
-
-def is_data_file(path: Path) -> bool:
-    """Whether the ending says rows."""
-    suffix, packed = _suffix(path)
-    return suffix in SUFFIXES and not (packed and suffix == ".parquet")
-
-
-def _suffix(path: Path) -> tuple[str, str]:
-    packed = path.suffix.lower() if path.suffix.lower() in PACKED else ""
-    return (Path(path.stem) if packed else path).suffix.lower(), packed
-
-
-def _in_folder(folder: Path) -> list[Path]:
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        return [folder]
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and is_data_file(file))
-    if not files:
-        raise DataError(
-            f"the folder {folder} holds no data file",
-            str(folder),
-            f"Looked for {', '.join(SUFFIXES)}, and for what datasets.save_to_disk writes.",
-        )
-    return files
-
-
-def _near_file(place: Path) -> str:
-    if not place.parent.is_dir():
-        return f"There is no folder {place.parent} either."
-    here = [file.name for file in place.parent.iterdir() if file.is_dir() or is_data_file(file)]
-    return nearest(place.name, here) if here else f"{place.parent} holds no data file."
-
-
 # ---- one file ----
 
 
 def read_file(path: Path) -> Iterator[Raw]:
     """Rows of one .json, .jsonl, .csv or .parquet file, the first three also packed."""
-    suffix, _ = _suffix(path)
+    suffix, _ = suffix_of(path)
     reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[suffix]
     empty = True
     for raw in reader(path):
@@ -135,7 +63,7 @@ def read_file(path: Path) -> Iterator[Raw]:
 
 def open_bytes(path: Path) -> io.BufferedReader:
     """The file's bytes, unpacked if its name ends in .gz or .zst."""
-    _, packed = _suffix(path)
+    _, packed = suffix_of(path)
     if not packed:
         return path.open("rb")
     import pyarrow
@@ -191,7 +119,7 @@ def _object(fields: Any, file: str, number: int) -> dict[str, Any]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Raw]:
-    packed = _suffix(path)[1]
+    packed = suffix_of(path)[1]
     for line in _lines(path):
         if line.text.strip():
             fields = parse_line(line.text, path, line.number)
@@ -285,7 +213,7 @@ def read_arrow(folder: Path, split: str) -> Iterator[Raw]:
     data = datasets.load_from_disk(str(folder))
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
-            raise DataError(f'{folder} has no split "{split}"', f"data.split={split}", nearest(split, data))
+            raise DataError(f'{folder} has no split "{split}"', f"data.split={split}", nearest(split, map(str, data)))
         data = data[split]
     yield from _rows_of_dataset(data, str(folder))
 
@@ -315,12 +243,9 @@ def _plain(value: Any, file: str, number: int) -> Any:
     )
 
 
-# ---- the hub ----
-
-
 def _read_hub(path: str, split: str) -> Iterator[Raw]:
     name, _, config = path.partition(":")
-    _refuse_without_hub(path)
+    refuse_without_hub(path, near_file(Path(path)))
     import datasets
 
     try:
@@ -333,38 +258,3 @@ def _read_hub(path: str, split: str) -> Iterator[Raw]:
             "Check the name, or give a local file.",
         ) from error
     yield from _rows_of_dataset(data, path)
-
-
-def _refuse_without_hub(path: str) -> None:
-    """Say at once that the hub is out of reach: its client would retry for minutes."""
-    why = ""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        why = "HF_HUB_OFFLINE is set"
-    else:
-        proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-        target = urlsplit(proxy or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-        host, port = target.hostname or "huggingface.co", target.port or (443 if target.scheme == "https" else 80)
-        if not _answers(host, port):
-            why = f"{host} does not answer"
-    if why:
-        todo = f"Give a local file or folder, or builtin:NAME. {_near_file(Path(path))}"
-        raise DataError(
-            f'"{path}" is no file or folder here, and the hub is out of reach: {why}', f"data.path={path}", todo
-        )
-
-
-def _answers(host: str, port: int) -> bool:
-    """Whether a connection succeeds in time; in a thread, because a dead name server ignores socket time-outs."""
-    answered: list[bool] = []
-
-    def connect() -> None:
-        try:
-            socket.create_connection((host, port), HUB_WAIT).close()
-            answered.append(True)
-        except OSError:
-            answered.append(False)
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(HUB_WAIT)
-    return answered == [True]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from ftrun.artifacts import disk_guard
-from ftrun.data.records import Message, Record
+from ftrun.data.records import Record
 from ftrun.data.sources import Raw
 from ftrun.errors import DataError
 
@@ -31,19 +32,23 @@ BUFFERED = 4096  # entries
 
 
 class Spool:
-    """Writes rows and their index into a folder; plain jsonl files are not copied, only indexed where they lie."""
+    """Writes rows and their index into nameless files of a folder; plain jsonl files are only indexed where they lie.
+
+    Nameless, so that runs which share the folder never meet, and nothing stays behind.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.stores = [folder / "rows.jsonl"]
         self.files: list[str] = []
         self._file_numbers: dict[str, int] = {}
+        self._stores: list[Path] = []
         self._store_numbers: dict[str, int] = {}
         self._entries = np.zeros(BUFFERED, ENTRY)
         self._filled = self._position = 0
-        with disk_guard(self.stores[0]):
+        with disk_guard(folder / "rows"):
             folder.mkdir(parents=True, exist_ok=True)
-            self._rows, self._index = self._beside("rows.jsonl").open("wb"), self._beside("index.bin").open("wb")
+            self._rows: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the pool
+            self._index: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def add(self, raw: Raw, source: int, record: Record) -> None:
         store, start, length = self._place(raw)
@@ -51,77 +56,63 @@ class Spool:
             self._file_numbers[raw.file] = len(self.files)
             self.files.append(raw.file)
         file = self._file_numbers[raw.file]
-        self._entries[self._filled] = (
-            store,
-            start,
-            length,
-            source,
-            file,
-            raw.line,
-            content_hash(record),
-            row_hash(raw.fields),
-        )
+        hashes = content_hash(record), row_hash(raw.fields)
+        self._entries[self._filled] = (store, start, length, source, file, raw.line, *hashes)
         self._filled += 1
         if self._filled == BUFFERED:
             self._flush()
 
-    def close(self) -> np.ndarray:
-        """The finished index, memory-mapped."""
+    def close(self) -> tuple[np.ndarray, Stores]:
+        """The finished index, memory-mapped, and the files that it points into."""
         self._flush()
-        path = self.folder / "index.bin"
-        with disk_guard(path):
-            for stream, name in ((self._rows, "rows.jsonl"), (self._index, "index.bin")):
-                stream.close()
-                self._beside(name).replace(self.folder / name)
-        return np.memmap(path, ENTRY, "r") if path.stat().st_size else np.zeros(0, ENTRY)
+        with disk_guard(self.folder / "rows"):
+            self._rows.flush()
+            self._index.flush()
+        size = self._index.tell()
+        index = np.memmap(self._index, ENTRY, "r") if size else np.zeros(0, ENTRY)  # type: ignore[call-overload]
+        self._index.close()  # the map stays
+        return index, Stores(self._rows, self._stores)
 
     def abandon(self) -> None:
         """Remove what was written so far."""
-        for stream, name in ((self._rows, "rows.jsonl"), (self._index, "index.bin")):
-            stream.close()
-            self._beside(name).unlink(missing_ok=True)
+        self._rows.close()
+        self._index.close()
 
     def _place(self, raw: Raw) -> tuple[int, int, int]:
         if raw.start >= 0:
             if raw.file not in self._store_numbers:
-                self._store_numbers[raw.file] = len(self.stores)
-                self.stores.append(Path(raw.file).absolute())
+                self._stores.append(Path(raw.file).absolute())
+                self._store_numbers[raw.file] = len(self._stores)
             return self._store_numbers[raw.file], raw.start, raw.length
         line = json.dumps(raw.fields).encode() + b"\n"
-        with disk_guard(self.stores[0]):
+        with disk_guard(self.folder / "rows"):
             self._rows.write(line)
         start = self._position
         self._position += len(line)
         return 0, start, len(line)
 
     def _flush(self) -> None:
-        with disk_guard(self.folder / "index.bin"):
+        with disk_guard(self.folder / "rows"):
             self._index.write(self._entries[: self._filled].tobytes())
         self._filled = 0
 
-    def _beside(self, name: str) -> Path:
-        return self.folder / f".{name}.{os.getpid()}"
-
 
 class Stores:
-    """The files that hold rows, opened when first read; a file that changed meanwhile is refused."""
+    """The files that hold rows: 0 is the spool, others are the user's, opened when first read and refused if changed."""
 
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
+    def __init__(self, spool: BinaryIO, paths: list[Path]):
+        self._paths = paths
         self._stamps = [_stamp(path) for path in paths]
-        self._open: dict[int, BinaryIO] = {}
+        self._open: dict[int, BinaryIO] = {0: spool}
 
     def fields(self, store: int, start: int, length: int) -> dict[str, Any]:
         if store not in self._open:
-            path = self.paths[store]
-            if _stamp(path) != self._stamps[store]:
+            path = self._paths[store - 1]
+            if _stamp(path) != self._stamps[store - 1]:
                 raise DataError(f"{path} has changed since its rows were counted", str(path), "Start again.")
             self._open[store] = path.open("rb", buffering=0)
         line = os.pread(self._open[store].fileno(), length, start)  # positioned: forked processes share the file
         return json.loads(line.decode("utf-8-sig" if start == 0 else "utf-8"))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -44,7 +44,9 @@ class TokenTable:
 
     def sequence(self, index: int) -> Sequence:
         start, end = self.offsets[index], self.offsets[index + 1]
-        return Sequence(self.input_ids[start:end], self.loss_weight[start:end], int(self.record[index]), int(self.label[index]))
+        return Sequence(
+            self.input_ids[start:end], self.loss_weight[start:end], int(self.record[index]), int(self.label[index])
+        )
 
     @property
     def lengths(self) -> np.ndarray:
@@ -68,7 +70,14 @@ class TokenTable:
         return digest.hexdigest()[:16]
 
     def with_weights(self, loss_weight: np.ndarray) -> TokenTable:
-        return TokenTable(self.input_ids, loss_weight.astype(np.float32), self.offsets, self.record, self.label, self.sequences_per_row)
+        return TokenTable(
+            self.input_ids,
+            loss_weight.astype(np.float32),
+            self.offsets,
+            self.record,
+            self.label,
+            self.sequences_per_row,
+        )
 
     def rows(self, ids: np.ndarray) -> TokenTable:
         """A table of these rows (positions in this table), in this order."""
@@ -76,8 +85,14 @@ class TokenTable:
         wanted = (np.asarray(ids, dtype=np.int64)[:, None] * per + np.arange(per)).reshape(-1)
         lengths = self.lengths[wanted]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        take = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in wanted]) if len(wanted) else np.zeros(0, np.int64)
-        return TokenTable(self.input_ids[take], self.loss_weight[take], offsets, self.record[wanted], self.label[wanted], per)
+        take = (
+            np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in wanted])
+            if len(wanted)
+            else np.zeros(0, np.int64)
+        )
+        return TokenTable(
+            self.input_ids[take], self.loss_weight[take], offsets, self.record[wanted], self.label[wanted], per
+        )
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

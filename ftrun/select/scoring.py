@@ -1,8 +1,9 @@
 """The scoring engine: what a model says of many texts, in token-budget batches, the same bits however they are run.
 
 Batches are cut from the length-sorted texts of the whole request, ties broken by content, and dealt to the processes
-as wholes. So neither the order of the rows nor the number of processes can change a score, and the batch size moves it
-by rounding only. Equal texts are computed once, whoever asks for them.
+as wholes. So neither the order of the rows nor the number of processes can change a score. Shapes are multiples of 16,
+since kernels add up the odd remainder of a shape in another order: with them the batch size does not matter either.
+Equal texts are computed once, whoever asks for them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ftrun.artifacts import disk_guard
 from ftrun.data.batches import Batch, collate, length_sorted
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 Measure = Callable[["Bundle", Batch], list[np.ndarray]]
 
 KEY_BYTES = 16
+ALIGNED = 16  # tokens and predicted positions come in multiples of this
+PREDICTED_AT_ONCE = 256  # positions
 
 
 def segments(texts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> TokenTable:
@@ -128,7 +132,7 @@ class Scoring:
         """Measure the sequences ``order`` (content keys, sorted) on all processes, into ``_known``."""
         lengths = np.asarray(texts.lengths)[[places[key] for key in order]]
         self._check_length(int(lengths.max()))
-        batches = length_sorted(lengths, self.batch_tokens)[self.team.rank :: self.team.world_size]
+        batches = length_sorted(_aligned(lengths), self.batch_tokens)[self.team.rank :: self.team.world_size]
         mine = [[order[position] for position in batch] for batch in batches]
         folder = self._folder(name)
         done = self._read_shards(folder, {key for batch in mine for key in batch})
@@ -159,7 +163,9 @@ class Scoring:
     def _compute(
         self, texts: TokenTable, name: str, compute: Measure, keys: list[bytes], places: dict[bytes, int]
     ) -> dict[bytes, np.ndarray]:
-        batch = collate(texts, [[places[key]] for key in keys], self.bundle.pad_id).to(self.bundle.device)
+        batch = collate(texts, [[places[key]] for key in keys], self.bundle.pad_id)
+        time = min(int(_aligned(batch.input_ids.shape[1])), max(batch.input_ids.shape[1], self.bundle.context_length))
+        batch = _padded(batch, time, self.bundle.pad_id).to(self.bundle.device)
         values = [np.asarray(value, np.float32).reshape(-1) for value in compute(self.bundle, batch)]
         for value in values:
             if not np.isfinite(value).all():
@@ -230,9 +236,29 @@ def _inference(model: torch.nn.Module) -> Iterator[None]:
 
 def _nll_of_batch(bundle: Bundle, batch: Batch) -> list[np.ndarray]:
     hidden = bundle.architecture.hidden_states(bundle.model, batch)[batch.predicting]
-    nll = token_nll(hidden, bundle.architecture.head(bundle.model), batch.target_ids)
+    head = bundle.architecture.head(bundle.model)
+    padding = -len(hidden) % ALIGNED
+    hidden, targets = F.pad(hidden, (0, 0, 0, padding)), F.pad(batch.target_ids, (0, padding))
+    parts = zip(hidden.split(PREDICTED_AT_ONCE), targets.split(PREDICTED_AT_ONCE), strict=True)
+    nll = torch.cat([token_nll(states, head, ids) for states, ids in parts])[: batch.trained_tokens]
     counts = torch.bincount(batch.target_sequence, minlength=batch.sequences).cpu().numpy()
     return np.split(nll.float().cpu().numpy(), np.cumsum(counts)[:-1])
+
+
+def _aligned(lengths: Any) -> Any:
+    return -(-lengths // ALIGNED) * ALIGNED
+
+
+def _padded(batch: Batch, time: int, pad_id: int) -> Batch:
+    """The batch with padding on the right up to ``time`` tokens."""
+    room = (0, time - batch.input_ids.shape[1])
+    return replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, room, value=pad_id),
+        loss_weight=F.pad(batch.loss_weight, room),
+        sequence=F.pad(batch.sequence, room, value=-1),
+        position_ids=torch.arange(time).expand(len(batch.input_ids), time),
+    )
 
 
 def _content_key(texts: TokenTable, index: int) -> bytes:

@@ -147,7 +147,7 @@ def test_truncate_cuts_and_counts(ready):
 
 
 def test_truncate_never_leaves_a_row_without_a_response(ready):
-    with pytest.raises(DataError, match="1 of 10 rows are longer.*in 1 of them the response") as caught:
+    with pytest.raises(DataError, match=r"1 of 10 rows are longer.*in 1 of them the response") as caught:
         ready([PROMPT, *SHORT], max_length=64, overlong="truncate")
     assert "cannot be cut" in caught.value.todo
     many = [row(3, n % 40) | {"number": n} for n in range(99)] + [PROMPT]
@@ -196,6 +196,12 @@ def test_vocabularies_that_disagree(ready, tokenizer):
     with pytest.raises(DataError, match="tokenizer and model do not fit: row 0"):
         ready(SHORT, vocab_size=50)
     assert len(ready(SHORT, vocab_size=len(tokenizer) + 100).table) == 9
+
+
+def test_max_length_defaults_to_the_context(ready):
+    assert ready([row(3, 400)], max_length=None).kept.tolist() == [0]
+    with pytest.raises(DataError, match=r"data\.max_length=512"):
+        ready([row(3, 600)], max_length=None)
 
 
 def test_no_rows(ready):

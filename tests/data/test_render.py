@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftrun.data.encode import tokenizer_fingerprint
 from ftrun.data.records import Message, Record
-from ftrun.data.render import Renderer, apply_template, tokenizer_fingerprint
+from ftrun.data.render import Renderer, apply_template, prompt_ids
 from ftrun.errors import ConfigError, DataError
 
 LLAMA2 = (
@@ -67,7 +68,7 @@ def test_trained_span_is_the_response_and_its_end_of_turn(tokenizer, template, s
     assert spans(tokenizer, sequence) == [" the answer:\nyes 3 <|im_end|>"]
     trained = sequence.loss_weight > 0
     prompt = inference_ids(tokenizer, record.prompt)
-    assert sequence.input_ids[: len(prompt)].tolist() == prompt == Renderer(tokenizer).prompt_ids(record)
+    assert sequence.input_ids[: len(prompt)].tolist() == prompt == prompt_ids(record, tokenizer)
     assert not trained[: len(prompt)].any() and trained[len(prompt)]
     assert set(sequence.loss_weight.tolist()) == {0.0, 1.0}
     turns = [{"role": message.role, "content": message.content} for message in record.messages]
@@ -238,7 +239,7 @@ def test_template_that_refuses_a_conversation(tokenizer):
 def test_response_without_end_of_turn_is_refused(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     with pytest.raises(ConfigError, match="without an end-of-turn") as caught:
-        Renderer(tokenizer).end_of_turn
+        assert Renderer(tokenizer).end_of_turn
     assert "model.template" in caught.value.todo
     with pytest.raises(DataError, match="without its end of turn"):
         Renderer(tokenizer).sequences(chat("what", "yes"))
@@ -312,8 +313,12 @@ def test_tokenizer_that_marks_the_beginning_of_a_text(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_tokenizer(smollm2):
-    tokenizer = smollm2.tokenizer
+def test_real_tokenizer():
+    from transformers import AutoTokenizer
+
+    from ftrun.models.demo import smollm2_135m
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_135m())
     record = chat("What is 1 plus 2?", "  Three.\n\nSure: ünïcödé 🙂 ", "And 3?", "\nSix")
     sequence = Renderer(tokenizer).sequences(record)[0]
     assert spans(tokenizer, sequence) == ["  Three.\n\nSure: ünïcödé 🙂 <|im_end|>", "\nSix<|im_end|>"]

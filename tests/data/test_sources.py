@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from ftrun.data import sources
+from ftrun.data import hub, sources
 from ftrun.data.builtin import names
 from ftrun.data.verify import verifier
 from ftrun.errors import ConfigError, DataError
@@ -220,7 +220,7 @@ def test_failing_hub_is_one_line(monkeypatch):
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(sources, "_answers", lambda *_: True)
+    monkeypatch.setattr(hub, "_answers", lambda *_: True)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     assert "second" not in str(refused("someone/some-rows:main", "first line"))
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: datasets.Dataset.from_list(ROWS))

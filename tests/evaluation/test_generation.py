@@ -74,7 +74,7 @@ def test_left_padding_changes_no_answer(bundle, context, rows, fake_verifier):
     )
     assert one == four == again
     assert {row["metric"] for row in one.predictions} == {"verifier"}
-    assert len({row["output"] for row in one.predictions}) > 4, "answers that are all alike would prove nothing"
+    assert len({row["output"] for row in one.predictions}) > 3, "answers that are all alike would prove nothing"
     stops = {bundle.tokenizer.eos_token_id}
     for row, prediction in zip(checked.records, one.predictions, strict=True):
         expected = greedy(bundle, row, stops, 12)

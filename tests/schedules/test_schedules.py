@@ -64,12 +64,12 @@ def by_transformers(make, steps: int) -> list[float]:
     return factors
 
 
-@pytest.mark.parametrize("warmup", [0, 1, 7, 0.1])
-@pytest.mark.parametrize("total", [1, 23, 100])
+@pytest.mark.parametrize(
+    ("warmup", "total"),
+    [(0, 1), (1, 1), (0.1, 1), (0, 23), (7, 23), (0.1, 23), (0, 100), (1, 100), (7, 100), (0.1, 100)],
+)
 def test_equal_transformers(warmup, total):
     steps = math.ceil(warmup * total) if warmup < 1 else warmup
-    if steps > total:
-        pytest.skip("the warm-up is longer than the run")
     decay = min(math.ceil(0.2 * total), total - steps)
     o = optimization
     cases = {

@@ -38,7 +38,7 @@ def train(*overrides: str) -> dict:
 
 def weights(out: Path) -> dict[str, np.ndarray]:
     folder = sorted((out / "train/checkpoints").glob("step-*"))[-1]
-    return {name: tensor.numpy() for name, tensor in load_file(folder / "trainable.safetensors").items()}
+    return {name: tensor.numpy().copy() for name, tensor in load_file(folder / "trainable.safetensors").items()}
 
 
 def losses(out: Path) -> list[float]:

@@ -1,0 +1,105 @@
+"""What can be done with a finished run, and before one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import ftrun
+from ftrun import cli
+
+QUICK = ["data.heldout=0.2", "data.max_length=128", "train.max_steps=4", "train.batch_size=4", "optim.learning_rate=1e-2"]
+
+
+@pytest.fixture
+def finished(tiny_dir, rows_file, tmp_path):
+    out = tmp_path / "run"
+    summary = ftrun.run("train", "lora_sft", [f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={out}", *QUICK])
+    return out, summary
+
+
+def test_eval_repeats_the_numbers_of_the_run(finished):
+    """The saved adapter on a freshly loaded base gives what the run measured."""
+    out, summary = finished
+    again = ftrun.run("eval", overrides=[f"run={out}"])
+    assert again["metrics"]["heldout"]["loss"] == pytest.approx(summary["metrics"]["heldout"]["loss"], abs=1e-6)
+
+
+def test_eval_with_another_evaluator(finished):
+    out, _ = finished
+    result = ftrun.run("eval", overrides=[f"run={out}", "eval=[generation]", "eval.generation.rows=2", "eval.generation.max_new_tokens=4"])
+    assert "generation" in result["metrics"] and (out / "eval/predictions/generation.jsonl").exists()
+
+
+def test_eval_of_a_plain_model(tiny_dir, rows_file, tmp_path):
+    result = ftrun.run("eval", overrides=[f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={tmp_path / 'e'}"])
+    stored = json.loads((tmp_path / "e/eval/results.json").read_text())
+    assert result["metrics"]["heldout"]["loss"] == stored["heldout"]["loss"]["value"]
+
+
+def test_merge_gives_the_same_model(finished, tiny_dir, rows_file, tmp_path):
+    """model/ loads without peft and evaluates like the run."""
+    out, _ = finished
+    ftrun.run("merge", overrides=[f"run={out}"])
+    files = {file.suffix for file in (out / "model").iterdir()}
+    assert ".safetensors" in files and not files & {".bin", ".pt"}
+    merged = ftrun.run("eval", overrides=[f"model.path={out / 'model'}", f"data.path={rows_file}", f"out={tmp_path / 'm'}"])
+    base = ftrun.run("eval", overrides=[f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={tmp_path / 'b'}"])
+    assert merged["metrics"]["heldout"]["loss"] < base["metrics"]["heldout"]["loss"]
+
+
+def test_generate_prints_the_answer(finished, capsys):
+    out, _ = finished
+    assert cli.entry(["generate", f"run={out}", "prompt=what is 1 plus 1?", "--json"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert "text" in json.loads(lines[-1])
+
+
+def test_preview_colours_what_is_trained(tiny_dir, rows_file, tmp_path, capsys):
+    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "data.max_length=128"]
+    assert cli.entry(["preview", "recipe=lora_sft", *words]) == 0
+    assert "answers:" in capsys.readouterr().out
+    assert cli.entry(["preview", "recipe=lora_sft", *words, "--html", f"out={tmp_path}"]) == 0
+    assert "<html" in (tmp_path / "preview.html").read_text()
+
+
+@pytest.mark.parametrize("recipe", ["lora_sft", "sft", "lisa", "ia3_sft"])
+def test_plan_counts_what_trains(recipe, tiny_dir, rows_file, tmp_path):
+    """The plan's trainable and total parameters are those of the run."""
+    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "data.max_length=128"]
+    planned = ftrun.run("plan", recipe, words)
+    run = ftrun.run("train", recipe, [*words, "train.max_steps=1", "eval=[]", f"out={tmp_path / 'run'}"])
+    assert planned["trainable_parameters"] == run["trainable_parameters"]
+    assert planned["total_parameters"] == run["total_parameters"]
+    assert planned["stages"]["train"]["memory_bytes"] > 0
+
+
+def test_selection_in_front_of_training(tiny_dir, rows_file, tmp_path):
+    """Only chosen rows are trained, held-out rows are never chosen, and the same selection is not made twice."""
+    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "select=superfiltering", "budget=6", *QUICK]
+    first = ftrun.run("train", "lora_sft", [*words, f"out={tmp_path / 'a'}"])
+    second = ftrun.run("train", "lora_sft", [*words, f"out={tmp_path / 'b'}", "optim.learning_rate=1e-3"])
+    assert first["selected_rows"] == second["selected_rows"] <= 6
+    log = (tmp_path / "b/ftrun.log").read_text()
+    assert "reused" in log and "reused" not in (tmp_path / "a/ftrun.log").read_text()
+    chosen = {json.loads(line)["id"] for line in (tmp_path / "a/selection/selected.jsonl").open()}
+    import pyarrow.parquet as pq
+
+    scored = set(pq.read_table(tmp_path / "a/selection/scores.parquet")["id"].to_pylist())
+    assert chosen <= scored and len(scored) < 24
+
+
+def test_python_interface_raises_the_same_errors(tmp_path):
+    from ftrun.errors import ConfigError, DataError
+
+    with pytest.raises(ConfigError):
+        ftrun.run("train", recipe="nope")
+    with pytest.raises(DataError):
+        ftrun.run("select", recipe="random", overrides=["data.path=no.jsonl", "budget=10", f"out={tmp_path / 'x'}"])
+
+
+def test_random_selection_needs_no_model(rows_file, tmp_path, tiny_dir):
+    summary = ftrun.run("select", recipe="random", overrides=[f"data.path={rows_file}", "budget=10", f"out={tmp_path / 'r'}", f"model.path={tiny_dir}"])
+    assert summary["selected_rows"] == 10 and summary["steps"] == 0 and np.isfinite(summary["wall_s"])
