@@ -185,7 +185,8 @@ class Chain:
     # ---- the stages ----
 
     def _stages(self) -> None:
-        stages, select = self.settings.stages, self.settings.choice("select")
+        stages = self.settings.stages
+        selects = (self.settings.choice("select"), self.settings.choice("picker")) != ("none", "own")
         with self.report.task("reading", None, unit="rows") as bar:
             pool = load_pool(self.settings.data, self.work, self.settings.seed)
             bar.advance(len(pool))
@@ -194,7 +195,7 @@ class Chain:
         self._check_kind(pool)
         train_pool = self._split(pool) if stages != ["select"] else pool
         self.ctx.facts["data"] = pool.fingerprint
-        if "select" in stages and select != "none":
+        if "select" in stages and selects:
             train_pool = self._select(train_pool)
         elif stages == ["select"] and self.settings.choice("tokens") == "none":
             raise ConfigError(f"recipe {self.settings.recipe} selects nothing", todo="Add select=superfiltering budget=0.1, or see `ftrun recipes --slot select`.")
@@ -253,8 +254,10 @@ class Chain:
         if self.ctx.team.gather_object(hit)[0]:
             self.report.note("the same selection was made before: reused")
         else:
-            bundle = self._scoring_bundle(model)
-            run_selection(settings, pool, bundle, self.ctx)
+            tokenizer = load_tokenizer(model)
+            if settings.task == "causal" or settings.select.model_path:
+                apply_template(tokenizer, model.template)
+            run_selection(settings, pool, lambda: self._scoring_bundle(model), self.ctx, tokenizer)
             if self.ctx.team.is_main:
                 stagecache.keep("select", key, files)
         self.ctx.team.barrier()

@@ -143,7 +143,8 @@ def normal_override(word: str) -> str:
 
 
 def quote(text: str) -> str:
-    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+    """Free text as a quoted string of Hydra's grammar; ``${`` is no interpolation."""
+    return "'" + text.replace("${", "\\${").replace("\\'", "\\\\'").replace("'", "\\'") + "'"
 
 
 def dispatch(line: CommandLine) -> int:

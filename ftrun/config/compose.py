@@ -84,7 +84,9 @@ def check_all(overrides: Sequence[str], limit: int = 32) -> None:
 
 def resolve(config: DictConfig, choices: dict[str, Any], overrides: Sequence[str]) -> Composed:
     """Turn a composed Hydra config into Settings, refusing every key that nothing would read."""
-    plain = {key: value for key, value in config.items() if key != "hydra"}
+    # unresolved: a text that was escaped once must not be resolved twice
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    plain.pop("hydra", None)
     try:
         raw: Any = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     except OmegaConfBaseException as error:

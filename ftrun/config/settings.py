@@ -45,7 +45,7 @@ class DataConfig:
     heldout_limit: int = 200  # at most this many held-out rows are evaluated
     limit: int | None = None  # use only the first rows of the source
     max_length: int | None = None  # longest row, in tokens; null: what the model can attend to, at most 2048
-    overlong: Literal["auto", "error", "drop", "truncate"] = "auto"  # long rows; auto: error above 1%, else drop
+    overlong: Literal["auto", "error", "drop", "truncate"] = "auto"  # rows above max_length; auto: texts are split into pieces (rows of train.batch_size), others dropped, an error above 1%
     train_on: Literal["responses", "last_response", "all"] = "responses"  # which tokens carry loss in a conversation
     system: str | None = None  # system prompt for rows that have none
 

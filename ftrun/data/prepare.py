@@ -32,7 +32,7 @@ TOO_LONG, NO_ROOM = "longer than max_length", "no response token within max_leng
 @dataclass
 class Prepared:
     table: TokenTable
-    kept: np.ndarray  # (rows,) ids, in the table's order
+    kept: np.ndarray  # (rows,) ids, in the table's order, each once
     dropped: dict[str, list[int]]  # reason -> ids
     truncated: list[int] = field(default_factory=list)  # ids
     labels: list[str | int] = field(default_factory=list)  # class names by index, for kind "labels"
@@ -83,7 +83,7 @@ def prepare(
     table = TokenTable.open(target)
     return Prepared(
         table,
-        np.asarray(table.record[:: table.sequences_per_row]),
+        np.asarray(table.record[:: table.sequences_per_row])[~table.continues[:: table.sequences_per_row]],
         stored["dropped"],
         stored["truncated"],
         list(labels or []),
@@ -115,6 +115,7 @@ class _Preflight:
         self.dropped: dict[str, list[int]] = {}
         self.truncated: list[int] = []
         self.longest: dict[int, int] = {}  # tokens of the first rows that are too long
+        self.split = self.pieces = 0  # rows cut into pieces, and how many those are
         self.labelled = pool.kind == "labels"
         self.prompts_only = pool.kind == "prompts"
 
@@ -158,6 +159,10 @@ class _Preflight:
         length = max(len(sequence.input_ids) for sequence in sequences)
         if length <= limit:
             return sequences
+        if self.pool.kind == "text" and self.data.overlong == "auto":
+            pieces = self.renderer.pieces(sequences[0], limit)
+            self.split, self.pieces = self.split + 1, self.pieces + len(pieces)
+            return pieces
         if len(self.longest) < NAMED:
             self.longest[record.id] = length
         if self.prompts_only:
@@ -216,6 +221,11 @@ class _Preflight:
         if self.truncated:
             notes.append(
                 f"{len(self.truncated):,} of {len(self.pool):,} rows cut to data.max_length={self.max_length} tokens"
+            )
+        if self.split:
+            notes.append(
+                f"{self.split:,} of {len(self.pool):,} rows split into {self.pieces:,} pieces of at most "
+                f"data.max_length={self.max_length} tokens"
             )
         return notes
 

@@ -275,6 +275,19 @@ class Renderer:
             sequence.input_ids[:max_length], sequence.loss_weight[:max_length], sequence.record, sequence.label
         )
 
+    def pieces(self, sequence: Sequence, max_length: int) -> list[Sequence]:
+        """A text cut into pieces of at most ``max_length`` tokens, each beginning with the last token of the one before.
+
+        That token is there to predict from; so every token but the text's first is a target in exactly one piece.
+        """
+        found = []
+        for start in range(0, max(1, len(sequence.input_ids) - 1), max_length - 1):
+            part = slice(start, start + max_length)
+            weight = np.array(sequence.loss_weight[part])
+            weight[:1] = 0.0
+            found.append(Sequence(sequence.input_ids[part], weight, sequence.record, sequence.label))
+        return found
+
     def _refuse_double_bos(self, ids: np.ndarray, record: Record, where: str) -> None:
         bos = self.tokenizer.bos_token_id
         if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:

@@ -27,6 +27,8 @@ class Sequence:
 class TokenTable:
     """All sequences one after the other. A pair is two neighbouring sequences, chosen first.
 
+    A long text is several neighbours of one record, each a row of the table for itself; see `continues`.
+
     input_ids: (tokens,) int32; loss_weight: (tokens,) float32; offsets: (sequences + 1,) int64;
     record, label: (sequences,) int64.
     """
@@ -39,7 +41,7 @@ class TokenTable:
     sequences_per_row: int = 1  # 2 for pairs
 
     def __len__(self) -> int:
-        """Rows, not sequences."""
+        """What a step draws: pairs where ``sequences_per_row`` is 2, else sequences."""
         return len(self.record) // self.sequences_per_row
 
     def sequence(self, index: int) -> Sequence:
@@ -52,6 +54,15 @@ class TokenTable:
     def lengths(self) -> np.ndarray:
         """Tokens of every sequence, (sequences,)."""
         return np.diff(self.offsets)
+
+    @property
+    def continues(self) -> np.ndarray:
+        """Sequences that go on with the text of the one before, its last token repeated as their first, (sequences,)."""
+        record = np.asarray(self.record)
+        same = np.zeros(len(record), bool)
+        if self.sequences_per_row == 1:
+            same[1:] = record[1:] == record[:-1]
+        return same
 
     def trained_counts(self) -> np.ndarray:
         """Trained tokens of every sequence, (sequences,); the first token of a sequence can never be a target."""

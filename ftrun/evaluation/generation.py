@@ -64,7 +64,7 @@ class Generation(Evaluator):
         prompts = sorted(self._prompts(bundle, renderer, ctx), key=lambda prompt: (-len(prompt.ids), prompt.record.id))
         batches = [prompts[start : start + self.batch_size] for start in range(0, len(prompts), self.batch_size)]
         mine = batches[ctx.team.rank :: ctx.team.world_size]
-        stops = _stop_ids(bundle, renderer)
+        stops = stop_ids(bundle, renderer)
         answered: list[dict[str, Any]] = []
         with ctx.report.task("generate answers", sum(map(len, mine)), unit="rows") as task:
             for batch in mine:
@@ -168,7 +168,7 @@ def _seed_of(prompt: list[int], seed: int) -> int:
     return int.from_bytes(content, "big")
 
 
-def _stop_ids(bundle: Bundle, renderer: Renderer) -> list[int]:
+def stop_ids(bundle: Bundle, renderer: Renderer) -> list[int]:
     """The template's end of turn and every token that tokenizer or model call an end of text."""
     named = getattr(getattr(bundle.model, "generation_config", None), "eos_token_id", None)
     ends = named if isinstance(named, list) else [named]

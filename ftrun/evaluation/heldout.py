@@ -10,7 +10,7 @@ import numpy as np
 
 from ftrun.errors import ConfigError
 from ftrun.evaluation.base import Evaluation, Evaluator, Metric
-from ftrun.evaluation.likelihood import likelihood
+from ftrun.evaluation.likelihood import Likelihood, likelihood
 from ftrun.registry import register
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ class Heldout(Evaluator):
         if table.sequences_per_row > 1:
             first = np.arange(len(table)) * table.sequences_per_row
             table = replace(table, sequences_per_row=1).rows(first)
-        found = likelihood(bundle, table, ctx, self.batch_tokens, "held-out loss")
+        pieces = likelihood(bundle, table, ctx, self.batch_tokens, "held-out loss")
+        first = np.flatnonzero(~table.continues)  # pieces of one text are one row
+        found = Likelihood(*(np.add.reduceat(part, first) for part in (pieces.nll, pieces.tokens, pieces.correct)))
         rows = np.flatnonzero(found.tokens > 0)
         if len(rows) == 0:
             raise ConfigError(
@@ -60,7 +62,7 @@ class Heldout(Evaluator):
             "token_accuracy": Metric(accuracy, accuracy_error, len(rows)),
         }
         predictions = [
-            {"id": int(table.record[row]), "tokens": int(count), "loss": float(total / count), "correct": int(right)}
+            {"id": int(table.record[first[row]]), "tokens": int(count), "loss": float(total / count), "correct": int(right)}
             for row, total, count, right in zip(rows, nll, tokens, correct, strict=True)
         ]
         return Evaluation(metrics, predictions)

@@ -54,9 +54,8 @@ class Architecture:
     causal: bool
     backbone: str  # the model without its head
     layers_name: str
-    layers: list[nn.Module] = field(
-        repr=False, compare=False
-    )  # decoder (or encoder) layers; peft changes them in place
+    # decoder (or encoder) layers; peft changes them in place
+    layers: list[nn.Module] = field(repr=False, compare=False)
     linears: tuple[Linear, ...]  # of all layers
     norms: tuple[str, ...]  # inside the layers
     embeddings: tuple[str, ...]  # token embedding first; then learned positions and their like
@@ -166,11 +165,14 @@ def describe(model: nn.Module) -> Architecture:
     causal = head is not None
     backbone = base.get_decoder() if causal else base.base_model
     layers_name, layers = _layers(backbone, names)
+    if backbone is base:  # the model does not say which part is its body
+        backbone = base.get_submodule(layers_name.partition(".")[0])
     parent = layers_name.rpartition(".")[0]
     outside = [name for name in names.values() if name and not name.startswith(layers_name)]
     embeddings = [names[token_embedding]]
     embeddings += [n for n in outside if isinstance(base.get_submodule(n), nn.Embedding) and n not in embeddings]
-    norms = [n for n in outside if _is_norm(base.get_submodule(n)) and n.rpartition(".")[0] == parent]
+    width = token_embedding.weight.shape[1]
+    norms = [n for n in outside if n.rpartition(".")[0] == parent and _is_norm(base.get_submodule(n), width)]
     found = Architecture(
         family=config.model_type,
         causal=causal,
@@ -185,7 +187,7 @@ def describe(model: nn.Module) -> Architecture:
         final_norm=norms[-1] if norms else None,
         head_name=names[head] if causal else _classifier(base, names[backbone]),
         tied=causal and head.weight is token_embedding.weight,
-        width=token_embedding.weight.shape[1],
+        width=width,
         vocabulary=token_embedding.weight.shape[0],
         context_length=context_length(config),
         scale=_scale(config),
@@ -241,8 +243,9 @@ def _classifier(base: nn.Module, backbone: str) -> str | None:
     return outside[-1] if outside else None
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
+def _is_norm(module: nn.Module, width: int | None = None) -> bool:
+    sizes = [parameter.numel() for parameter in module.parameters(recurse=False)]
+    return "Norm" in type(module).__name__ and bool(sizes) and (width is None or sizes[0] == width)
 
 
 def context_length(config: Any) -> int:

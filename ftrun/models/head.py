@@ -75,8 +75,10 @@ class _FrozenHeadNll(torch.autograd.Function):
     ) -> Tensor:
         nll = hidden.new_empty(len(hidden), dtype=_accurate(hidden.dtype))
         unscaled = torch.empty_like(hidden) if wants_gradient else None
-        for rows in _chunks(len(hidden), len(weight), nll.element_size(), buffers=1 if cap is None else 2):
-            logits = _logits(hidden[rows], weight, bias, scale, cap)
+        chunks = _chunks(len(hidden), len(weight), nll.element_size(), buffers=1 if cap is None else 2)
+        space = _space(hidden, weight, chunks)
+        for rows in chunks:
+            logits = _logits(hidden[rows], weight, bias, scale, cap, space)
             probabilities, slope, nll[rows] = _softmax_(logits, targets[rows], cap, wants_slope=wants_gradient)
             if unscaled is not None:
                 raw = _raw_gradient_(probabilities, targets[rows], slope)
@@ -99,8 +101,10 @@ class _TrainedHeadNll(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, cap: float | None
     ) -> Tensor:
         nll = hidden.new_empty(len(hidden), dtype=_accurate(hidden.dtype))
-        for rows in _chunks(len(hidden), len(weight), nll.element_size(), buffers=1):
-            logits = _logits(hidden[rows], weight, bias, scale, cap)
+        chunks = _chunks(len(hidden), len(weight), nll.element_size(), buffers=1)
+        space = _space(hidden, weight, chunks)
+        for rows in chunks:
+            logits = _logits(hidden[rows], weight, bias, scale, cap, space)
             _, _, nll[rows] = _softmax_(logits, targets[rows], cap, wants_slope=False)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.scale, ctx.cap = scale, cap
@@ -115,8 +119,10 @@ class _TrainedHeadNll(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=accurate) if needs_weight else None
         d_bias = torch.zeros_like(bias, dtype=accurate) if needs_bias else None
-        for rows in _chunks(len(hidden), len(weight), upstream.element_size(), buffers=1 if ctx.cap is None else 2):
-            logits = _logits(hidden[rows], weight, bias, ctx.scale, ctx.cap)
+        chunks = _chunks(len(hidden), len(weight), upstream.element_size(), buffers=1 if ctx.cap is None else 2)
+        space = _space(hidden, weight, chunks)
+        for rows in chunks:
+            logits = _logits(hidden[rows], weight, bias, ctx.scale, ctx.cap, space)
             probabilities, slope, _ = _softmax_(logits, targets[rows], ctx.cap, wants_slope=True)
             raw = _raw_gradient_(probabilities, targets[rows], slope).mul_((upstream[rows] * ctx.scale).unsqueeze(1))
             if d_bias is not None:
@@ -157,9 +163,11 @@ def _chunks(count: int, vocabulary: int, element_size: int, buffers: int) -> lis
     return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
-    """Logits of a chunk in a fresh buffer of at least float32."""
-    raw = hidden @ weight.T
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None, space: Tensor | None
+) -> Tensor:
+    """Logits of a chunk, in at least float32; they overwrite ``space`` where there is one."""
+    raw = hidden @ weight.T if space is None else torch.mm(hidden, weight.T, out=space[: len(hidden)])
     raw = raw.to(_accurate(raw.dtype))
     if bias is not None:
         raw += bias
@@ -186,6 +194,13 @@ def _raw_gradient_(probabilities: Tensor, targets: Tensor, slope: Tensor | None)
     at = targets.unsqueeze(1)
     probabilities.scatter_add_(1, at, torch.full_like(at, -1, dtype=probabilities.dtype))
     return probabilities if slope is None else probabilities.mul_(slope)
+
+
+def _space(hidden: Tensor, weight: Tensor, chunks: list[slice]) -> Tensor | None:
+    """Room for the logits of any of the chunks, where they need no wider type; a fresh buffer for each costs page faults."""
+    if not chunks or hidden.dtype != _accurate(hidden.dtype):
+        return None
+    return hidden.new_empty(chunks[0].stop, len(weight))
 
 
 def _bend(raw: Tensor, scale: float, cap: float | None) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-QUERY_BLOCK = 128  # queries whose scores exist at one time; keys after the block are never touched
+QUERY_BLOCK = 64  # queries whose scores exist at one time; keys after the block are never touched
 
 
 class _RmsNorm(torch.autograd.Function):

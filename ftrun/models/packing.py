@@ -66,18 +66,28 @@ def find_way(base: nn.Module, backbone: nn.Module) -> Way:
 
 @torch.no_grad()
 def _keeps_apart(base: nn.Module, backbone: nn.Module, way: Way) -> bool:
-    """Two documents of three tokens: the second must give the same states with the first before it as alone."""
-    device = next(backbone.parameters()).device
-    first, second = torch.tensor([[3, 4, 5], [6, 7, 8]], device=device).split(1)
-    positions = torch.arange(3, device=device).repeat(2).unsqueeze(0)
+    """A document of five tokens must have the same states whatever stands before it, and those it has alone."""
+    device, dtype = next((p.device, p.dtype) for p in backbone.parameters() if p.is_floating_point())
+    ids = torch.arange(3, 18, device=device) % base.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    one, other, document = ids.unsqueeze(0).split(5, dim=1)
+    positions = torch.arange(5, device=device).repeat(2).unsqueeze(0)
     extra: dict[str, Tensor] = {"position_ids": positions}
     if way == "mask":
         extra["attention_mask"] = block_diagonal(positions, _float_mask(base))
-    together = backbone(input_ids=torch.cat([first, second], 1), use_cache=False, **extra).last_hidden_state[:, 3:]
-    alone = backbone(input_ids=second, use_cache=False).last_hidden_state
-    leaked = backbone(input_ids=torch.cat([first, second], 1), use_cache=False).last_hidden_state[:, 3:]
-    # a leak moves the states about as far as no isolation at all does; rounding moves them far less
-    return bool((together - alone).norm() <= 0.05 * (leaked - alone).norm())
+
+    def states(*parts: Tensor, **extra: Tensor) -> Tensor:
+        return backbone(input_ids=torch.cat(parts, 1), use_cache=False, **extra).last_hidden_state[:, -5:].float()
+
+    try:
+        after_one, after_other = states(one, document, **extra), states(other, document, **extra)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False  # the family does not take such arguments
+    alone, leaked = states(document), states(one, document)
+    # equal shapes round equally but for mixtures of experts, whose products depend on who else is routed where
+    untouched = (after_one - after_other).norm() <= 4 * torch.finfo(dtype).eps * alone.norm()
+    # products of other shapes round differently; a document at a wrong position would be as far off as a leak
+    placed = (after_one - alone).norm() <= 0.1 * (leaked - alone).norm()
+    return bool(untouched and placed)
 
 
 def _float_mask(model: nn.Module) -> torch.dtype | None:

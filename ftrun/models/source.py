@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import ssl
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from ftrun.config.settings import ModelConfig
@@ -155,14 +158,16 @@ def _from_hub(model: ModelConfig, weights: bool) -> Path:
 def _hub_answers(seconds: float = 3.0) -> bool:
     """Whether the hub answers at once; its own client would retry for minutes."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
 
     if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
         return False
-    import httpx
-
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        get_session().head(constants.ENDPOINT, timeout=seconds, follow_redirects=False)
-    except (httpx.HTTPError, OSError):
+        urllib.request.urlopen(request, timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, though no page
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # it answered; the hub's client may know its certificate
+    except OSError:
         return False
     return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,12 @@ class Selected:
     table: Table
 
 
-def run_selection(settings: Settings, pool: Pool, bundle: Bundle, ctx: Context) -> Selected:
-    """Choose rows of the pool as the config says, scoring with ``bundle``, and write selection/ into the run folder.
+def run_selection(
+    settings: Settings, pool: Pool, load: Callable[[], Bundle], ctx: Context, tokenizer: Any = None
+) -> Selected:
+    """Choose rows of the pool as the config says and write selection/ into the run folder.
+
+    ``load`` gives the model that scores; without need of it only its ``tokenizer`` is used.
 
     Raises ConfigError for a missing or useless budget, DataError when nothing is picked.
     """
@@ -51,7 +55,9 @@ def run_selection(settings: Settings, pool: Pool, bundle: Bundle, ctx: Context) 
         picker = picker.of(scorer)
     budget = _budget(settings, scorer, picker, len(pool))
     folder = ctx.out / "selection"
-    ctx.scoring = Scoring(lambda: bundle, ctx.team, ctx.report, settings.select.batch_tokens, folder / "shards")
+    ctx.scoring = Scoring(
+        load, ctx.team, ctx.report, settings.select.batch_tokens, folder / "shards", own_tokenizer=tokenizer
+    )
     try:
         table = _score(scorer, pool, ctx)
         picked = _pick(settings, scorer, picker, table, budget, ctx)

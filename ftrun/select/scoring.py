@@ -70,6 +70,7 @@ class Scoring:
     shards: Path | None = None  # folder for finished work; None keeps it in memory only
     shard_seconds: float = 15.0  # at most this much work is lost when the process is killed
     reasons: dict[int, str] = field(default_factory=dict)  # row -> why a scorer could not score it
+    own_tokenizer: Any = None  # the model's tokenizer, where it is there before the model
     computed: int = 0  # sequences that this process has run through the model
     _known: dict[tuple[str, bytes], np.ndarray] = field(default_factory=dict, repr=False)
 
@@ -79,7 +80,7 @@ class Scoring:
 
     @property
     def tokenizer(self) -> Any:
-        return self.bundle.tokenizer
+        return self.own_tokenizer or self.bundle.tokenizer
 
     def with_model(self, load: Callable[[], Bundle]) -> Scoring:
         """The same engine for another model: a reference, an encoder."""

@@ -55,7 +55,8 @@ class TokenCleaning(TokenPolicy):
                 f"tokens.reference={path} is the run's own model: every score is 0, and the first tokens are kept"
             )
         scores = base.token_nll(table) - reference.token_nll(table)
-        kept = highest(scores, self.k, table.offsets if self.level == "sample" else None)
+        samples = table.offsets[np.append(~table.continues, True)]  # pieces of one text are one sample
+        kept = highest(scores, self.k, samples if self.level == "sample" else None)
         if not kept.any():
             trained = int((~np.isnan(scores)).sum())
             raise DataError(
@@ -68,7 +69,7 @@ class TokenCleaning(TokenPolicy):
 def highest(scores: np.ndarray, k: float, offsets: np.ndarray | None = None) -> np.ndarray:
     """Mask of the ``int(k * n)`` highest of n scores, ties to the earlier; NaN is no score.
 
-    With ``offsets`` (sequences + 1,) each sequence is ranked by itself.
+    With ``offsets`` (samples + 1,) each sample is ranked by itself.
     """
     kept = np.zeros(len(scores), bool)
     bounds = [0, len(scores)] if offsets is None else offsets.tolist()

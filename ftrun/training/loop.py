@@ -186,7 +186,8 @@ class Trainer:
         return self.peak_rates[0] * factor
 
     def _not_a_number(self, step: int, loss: float, norm: float) -> None:
-        rows = [int(self.table.record[row * self.table.sequences_per_row]) for row in self.plan.step(step)]
+        drawn = self.table.record[self.plan.step(step) * self.table.sequences_per_row]
+        rows = list(dict.fromkeys(drawn.tolist()))
         raise ComponentError(
             f"the {'loss' if not math.isfinite(loss) else 'gradient norm'} is not a number at step {step + 1} (loss {loss:g}, gradient norm {norm:g})",
             f"rows {', '.join(map(str, rows[:16]))}{' ...' if len(rows) > 16 else ''}",

@@ -29,7 +29,7 @@ def evaluate(composed: Composed, overrides: Sequence[str]) -> dict[str, Any]:
             settings.eval = asked.eval
         if "data" in named:
             settings.data = asked.data
-        settings.launch = asked.launch
+        settings.launch, settings.run = asked.launch, asked.run
     elif "model" in named or asked.recipe:
         settings = asked
         run = Path(asked.out or f"runs/eval/{time.strftime('%Y%m%d-%H%M%S')}")

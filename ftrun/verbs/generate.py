@@ -11,7 +11,7 @@ from transformers import TextStreamer
 from ftrun.config.compose import Composed
 from ftrun.config.saved import load_settings
 from ftrun.data.records import Message, Record
-from ftrun.data.render import apply_template, prompt_ids
+from ftrun.data.render import Renderer, apply_template, prompt_ids
 from ftrun.errors import ConfigError
 from ftrun.evaluation.generation import stop_ids
 from ftrun.models.load import load_bundle
@@ -45,7 +45,7 @@ def generate(composed: Composed) -> dict[str, Any]:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=256,
             do_sample=False,
-            eos_token_id=stop_ids(bundle.tokenizer),
+            eos_token_id=stop_ids(bundle, Renderer(bundle.tokenizer)),
             pad_token_id=bundle.pad_id,
             streamer=streamer,
         )

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, LAYERS, VOCABULARY, WIDTH, make
 from torch import nn
 
 from ftrun.data.batches import Batch, collate
@@ -18,7 +17,21 @@ from ftrun.models.architecture import describe
 from ftrun.models.head import token_nll
 from ftrun.models.wrappers import unwrap
 
+VOCABULARY, WIDTH, LAYERS = 96, 32, 2  # of the models in conftest.py
 LENGTHS = [11, 1, 17, 5]
+
+
+# further families whose head bends its logits, or whose layers carry a state from token to token
+OTHERS = {
+    "cohere2": {"logit_scale": 0.3},
+    "nanochat": {"final_logit_softcapping": 2.0},
+    "vaultgemma": {"final_logit_softcapping": 2.0},
+    "granitemoe": {"logits_scaling": 3.0, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "hyperclovax": {"logits_scaling": 2.0},  # multiplies where Granite divides
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48},
+    "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 8},
+    "lfm2": {"layer_types": ["full_attention", "conv"]},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +45,7 @@ def alone(table: TokenTable) -> list[Batch]:
     return [collate(table, [[index]], 0) for index in range(len(table))]
 
 
-family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@family
-def test_parts_are_found(family):
+def test_parts_are_found(make, family):
     model = make(family)
     found = describe(model)
     assert found.causal and len(found.layers) == LAYERS
@@ -49,8 +58,7 @@ def test_parts_are_found(family):
     assert found.norms and all(found.block_of(name) is not None for name in found.norms)
 
 
-@family
-def test_every_linear_has_a_known_kind(family):
+def test_every_linear_has_a_known_kind(make, family):
     model = make(family)
     found = describe(model)
     kinds = [{linear.kind for linear in found.linears if linear.block == block} for block in range(LAYERS)]
@@ -60,8 +68,7 @@ def test_every_linear_has_a_known_kind(family):
     assert kinds[0] == attention | mlp.get(family, {"gate", "up", "down"})
 
 
-@family
-def test_all_parameters_are_placed(family):
+def test_all_parameters_are_placed(make, family):
     """A parameter lies in a layer, or belongs to embeddings, final norm or head."""
     model = make(family)
     found = describe(model)
@@ -70,9 +77,8 @@ def test_all_parameters_are_placed(family):
         assert (found.block_of(name) is None) == name.startswith(outside), name
 
 
-@family
 @pytest.mark.parametrize("kinds", [("all",), ("attention",), ("mlp",), ("q", "v"), ("o",), ("down",)])
-def test_linear_names_mean_exactly_what_was_asked_for(family, kinds):
+def test_linear_names_mean_exactly_what_was_asked_for(make, family, kinds):
     """Read as peft reads target_modules, over all modules of the model."""
     model = make(family)
     found = describe(model)
@@ -82,7 +88,7 @@ def test_linear_names_mean_exactly_what_was_asked_for(family, kinds):
     assert len(matched) % LAYERS == 0 and len(names) <= 7
 
 
-def test_short_names():
+def test_short_names(make):
     assert describe(make("llama")).linear_names(["q", "v"]) == ["q_proj", "v_proj"]
     assert describe(make("gpt2")).linear_names(["o"]) == ["attn.c_proj"]
     assert describe(make("phi3")).linear_names(["q", "k"]) == ["qkv_proj"]
@@ -90,9 +96,8 @@ def test_short_names():
         describe(make("gpt2")).linear_names(["gate"])
 
 
-@family
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_states_and_head_give_the_models_logits(family, attention, table):
+def test_states_and_head_give_the_models_logits(make, family, attention, table):
     """Right-padded rows without any mask equal the model's own masked forward, at every real position."""
     model = make(family, attention)
     found = describe(model)
@@ -105,10 +110,26 @@ def test_states_and_head_give_the_models_logits(family, attention, table):
     torch.testing.assert_close(ours[real], own[real], rtol=1e-5, atol=1e-5)
 
 
-@family
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(make, family, table):
+    """Their logits are right with the fast head or their own; packed rows are right or refused, never mixed."""
+    model = make(family, **OTHERS[family])
+    found = describe(model)
+    packed = collate(table, [[2, 0]], 0)
+    with torch.no_grad():
+        states = [found.hidden_states(model, collate(table, [[index]], 0))[0] for index in (2, 0)]
+        own = model(input_ids=collate(table, [[2]], 0).input_ids, use_cache=False).logits[0]
+        torch.testing.assert_close(found.head(model).logits(states[0]), own, rtol=1e-5, atol=1e-5)
+        if family in ("falcon_h1", "lfm2"):
+            with pytest.raises(ConfigError, match="mixes the documents"):
+                found.hidden_states(model, packed)
+        else:
+            torch.testing.assert_close(found.hidden_states(model, packed)[0], torch.cat(states), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager", varlen.NAME])
 @pytest.mark.parametrize("groups", [[[0, 1, 2], [3]], [[1, 2, 0, 3]]], ids=["two rows", "one row"])
-def test_packed_equals_separate(family, attention, groups, table):
+def test_packed_equals_separate(make, family, attention, groups, table):
     model = make(family, attention)
     found = describe(model)
     packed = collate(table, groups, 0)
@@ -120,9 +141,8 @@ def test_packed_equals_separate(family, attention, groups, table):
             torch.testing.assert_close(together[packed.sequence == number], states, rtol=1e-5, atol=1e-5)
 
 
-@family
 @pytest.mark.parametrize("attention", ["sdpa", varlen.NAME])
-def test_packed_gradient_equals_separate(family, attention, table):
+def test_packed_gradient_equals_separate(make, family, attention, table):
     model = make(family, attention)
     found = describe(model)
 
@@ -137,8 +157,7 @@ def test_packed_gradient_equals_separate(family, attention, table):
     torch.testing.assert_close(packed, separate, rtol=1e-4, atol=1e-5 * float(separate.abs().max()))
 
 
-@family
-def test_lora_wrapped(family, table):
+def test_lora_wrapped(make, family, table):
     """Described before peft wraps: states, head and names stay right, on the head too."""
     from peft import LoraConfig, get_peft_model
 
@@ -163,7 +182,7 @@ def test_lora_wrapped(family, table):
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma3_text"])
-def test_virtual_tokens(family, method, table):
+def test_virtual_tokens(make, family, method, table):
     """States of the real tokens are returned, and they see the virtual ones; a packed row is refused."""
     from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
@@ -193,7 +212,7 @@ class Doubled(nn.Linear):
         return 2 * super().forward(states)
 
 
-def test_unknown_head_goes_through_the_model(table):
+def test_unknown_head_goes_through_the_model(make, table):
     model = make("llama", tie_word_embeddings=False)
     model.lm_head.__class__ = Doubled
     found = describe(model)
@@ -203,7 +222,7 @@ def test_unknown_head_goes_through_the_model(table):
         torch.testing.assert_close(ours, model(batch.input_ids).logits)
 
 
-def test_unknown_formula_is_noticed(table):
+def test_unknown_formula_is_noticed(make, table):
     """A model that bends its logits in a way no config attribute tells is not trusted to the fast head."""
     model = make("granite")
     model.logits_scaling, kept = 7.0, model.config.logits_scaling  # the code's value and the config's disagree
@@ -239,7 +258,7 @@ def no_head_allowed(module: nn.Module):
     handle.remove()
 
 
-def test_states_cost_no_head(table):
+def test_states_cost_no_head(make, table):
     model = make("llama")
     found = describe(model)
     with no_head_allowed(model.lm_head), torch.no_grad():

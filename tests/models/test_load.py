@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,33 @@ def test_hub_id_without_network_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(source, "_hub_answers", lambda: False)
     with pytest.raises(ConfigError, match="not on this machine, and the hub cannot be reached"):
         load_tokenizer(config("nobody/nothing"))
+
+
+@pytest.mark.parametrize(("status", "answers"), [(200, True), (404, True), (None, False)])
+def test_is_the_hub_there(monkeypatch, status, answers):
+    """A server that answers anything is there; a closed port is not."""
+    from huggingface_hub import constants
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    if status is None:
+        server.server_close()
+    else:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert source._hub_answers() == answers
+    if status is not None:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.mark.parametrize("path", ["builtin:smolm2_135m", "not a name", "gone.gguf", "./gone"])

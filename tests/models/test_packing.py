@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import make
 
 from ftrun.errors import ConfigError
 from ftrun.models.architecture import describe
@@ -16,17 +15,17 @@ def backbone(model):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "gpt_neox"])
-def test_positions_are_enough(family):
+def test_positions_are_enough(make, family):
     model = make(family)
     assert find_way(model, backbone(model)) == "positions"
 
 
-def test_opt_needs_the_mask():
+def test_opt_needs_the_mask(make):
     model = make("opt")
     assert find_way(model, backbone(model)) == "mask"
 
 
-def test_a_model_that_mixes_documents_is_refused():
+def test_a_model_that_mixes_documents_is_refused(make):
     model = make("llama")
     decoder = backbone(model)
     plain = decoder.forward
@@ -39,7 +38,7 @@ def test_a_model_that_mixes_documents_is_refused():
         find_way(model, decoder)
 
 
-def test_a_window_leaves_no_second_way():
+def test_a_window_leaves_no_second_way(make):
     """A mask of ours would replace the windowed one too: where positions fail, such a model is refused."""
     model = make("mistral")
     decoder = backbone(model)
@@ -49,7 +48,7 @@ def test_a_window_leaves_no_second_way():
         find_way(model, decoder)
 
 
-def test_trying_leaves_the_model_as_it_was():
+def test_trying_leaves_the_model_as_it_was(make):
     model = make("gpt2").train()
     state = torch.get_rng_state()
     find_way(model, backbone(model))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import make
 
 from ftrun.data.batches import Batch, collate
 from ftrun.data.tokens import Sequence, TokenTable
@@ -39,7 +38,7 @@ def query_lengths(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox", "opt", "olmo2", "granite", "cohere", "phi3"])
-def test_one_product_a_document(family, query_lengths):
+def test_one_product_a_document(make, family, query_lengths):
     model = make(family, varlen.NAME)
     found, batch = describe(model), packed([4, 1, 7])
     found.hidden_states(model, batch)
@@ -48,7 +47,7 @@ def test_one_product_a_document(family, query_lengths):
     assert query_lengths == [4, 1, 7] * len(found.layers)
 
 
-def test_a_window_that_cuts_a_document_keeps_its_mask(query_lengths):
+def test_a_window_that_cuts_a_document_keeps_its_mask(make, query_lengths):
     """Gemma 3: a window of 8 in the first layer, full attention in the second; the document of 11 tokens is cut."""
     model = make("gemma3_text", varlen.NAME)
     found, batch = describe(model), packed([4, 11])
@@ -58,7 +57,7 @@ def test_a_window_that_cuts_a_document_keeps_its_mask(query_lengths):
     assert query_lengths == [15, 4, 11]
 
 
-def test_gradient_checkpointing_recomputes_the_same(query_lengths):
+def test_gradient_checkpointing_recomputes_the_same(make, query_lengths):
     batch = packed([6, 3, 9])
     gradients = []
     for checkpointing in (False, True):
@@ -85,7 +84,7 @@ def test_block_diagonal_mask():
     assert torch.equal(added == 0, mask) and added.min() == torch.finfo(torch.float32).min
 
 
-def test_without_packing_it_is_sdpa(query_lengths):
+def test_without_packing_it_is_sdpa(make, query_lengths):
     ours, plain = make("llama", varlen.NAME), make("llama", "sdpa")
     ids = packed([12]).input_ids
     assert torch.equal(ours(ids).logits, plain(ids).logits) and query_lengths == [12, 12]

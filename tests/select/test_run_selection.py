@@ -19,7 +19,7 @@ from ftrun.select.scoring import Scoring
 def select(context, bundle):
     def run(pool, **asked):
         ctx = context(**asked)
-        return run_selection(ctx.settings, pool, bundle, ctx), ctx
+        return run_selection(ctx.settings, pool, lambda: bundle, ctx), ctx
 
     return run
 
@@ -73,12 +73,12 @@ def test_a_subset_keeps_its_row_numbers(rows, make_pool, select):
 def test_processes_write_the_same_file_once(rows, make_pool, context, bundle, together):
     pool = make_pool(rows)
     alone = context(select="superfiltering", budget=5, shared=SelectConfig(batch_tokens=64))
-    run_selection(alone.settings, pool, bundle, alone)
+    run_selection(alone.settings, pool, lambda: bundle, alone)
     before = [(alone.out / "selection" / name).read_bytes() for name in ("scores.parquet", "selected.jsonl")]
 
     def work(team):
         ctx = context(select="superfiltering", budget=5, shared=SelectConfig(batch_tokens=64), team=team)
-        return run_selection(ctx.settings, pool, bundle, ctx).ids.tolist()
+        return run_selection(ctx.settings, pool, lambda: bundle, ctx).ids.tolist()
 
     results = together(2, work)
     assert results[0] == results[1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -42,9 +44,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) -> PreTrainedModel:
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    """Each supported family in turn; a test may name its own with parametrize."""
+    return request.param
+
+
+@pytest.fixture
+def make() -> Callable[..., PreTrainedModel]:
+    """``make(family, attention="sdpa", seed=0, **config)``: a random model in eval mode."""
+    return _make
+
+
+def _make(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model in eval mode; its norms and biases are random too, so that no part hides behind a one or a zero."""
-    config = AutoConfig.for_model(family, **(FAMILIES[family] | changes))
+    config = AutoConfig.for_model(family, **(FAMILIES.get(family, ROTARY) | changes))
     if getattr(config, "attn_logit_softcapping", None):
         attention = "eager"  # sdpa cannot cap attention scores
     torch.manual_seed(seed)
