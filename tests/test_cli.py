@@ -51,7 +51,7 @@ def test_overrides_are_normalised(word, expected):
 def test_free_text_survives(tiny_dir):
     from ftrun.config import compose
 
-    for text in ("What is 2+2?", "it's, {so} [odd] = $x ${y}", "a\\b", "\"quoted\"", "日本語"):
+    for text in ("What is 2+2?", "it's, {so} [odd] = $x ${y}", "a\\b", 'say "hi"', "日本語"):
         assert compose.load([normal_override(f"prompt={text}")]).settings.prompt == text
 
 

@@ -38,4 +38,4 @@ def test_component_knob_is_read(slot, name):
     assert spec.source
     texts = [path.read_text() for path in {owner for owner, _ in registry._lineage(spec.source, spec.cls)}]
     for knob in spec.knobs:
-        assert any(re.search(rf"self\.{knob}\b", text) or re.search(rf"\bconfig\.{knob}\b", text) for text in texts), f"{slot}={name}: {knob}"
+        assert any(re.search(rf"\b(self|config|knobs)\.{knob}\b", text) for text in texts), f"{slot}={name}: {knob}"
