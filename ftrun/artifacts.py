@@ -11,13 +11,16 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ftrun.errors import ConfigError, ResourceError
+from ftrun.errors import ConfigError, FtrunError, ResourceError
 
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# /proc and other virtual file systems say ENOENT when a folder cannot be made there
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -57,12 +60,25 @@ def disk_guard(path: Path) -> Iterator[None]:
     Raises ResourceError when the disk is full, ConfigError when the folder cannot be written.
     """
     try:
-        yield
+        with full_disk_guard(path):
+            yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"the disk is full while writing {path.name}", str(path.parent), "Free some space, or write elsewhere with out=DIR.") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno in UNWRITABLE:
             raise ConfigError(f"cannot write {path.name}: {error.strerror}", str(path.parent), "Choose a folder that you may write with out=DIR.") from error
+        raise
+
+
+@contextlib.contextmanager
+def full_disk_guard(path: Path) -> Iterator[None]:
+    """Turn a full disk into a ResourceError, in whatever words a library reports it."""
+    try:
+        yield
+    except FtrunError:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in FULL
+        if full or "No space left" in str(error) or "os error 28" in str(error) or "File too large" in str(error):
+            raise ResourceError(f"the disk is full while writing {path.name}", str(path.parent), "Free some space, or write elsewhere with out=DIR.") from error
         raise
 
 
@@ -81,13 +97,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 shutil.rmtree(path)
             beside.replace(path)
-    except Exception as error:
-        # torch and safetensors report a full disk in their own words
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise ResourceError(f"the disk is full while writing {path.name}", str(path.parent), "Free some space, or write elsewhere with out=DIR.") from error
-        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def written_together(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A folder to write these files in, which then replace those of ``folder``; when one fails, none appears."""
+    beside = folder / f".beside.{os.getpid()}"
+    with disk_guard(folder):
+        beside.mkdir(parents=True)
+        try:
+            yield beside
+            for name in names:
+                (beside / name).replace(folder / name)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def is_whole(folder: Path) -> bool:

@@ -30,10 +30,12 @@ from ftrun.errors import CheckpointError, ConfigError, DataError, FtrunError
 from ftrun.evaluation.run import evaluate_all, evaluating
 from ftrun.models.architecture import context_length
 from ftrun.models.bundle import Bundle
+from ftrun.models.fast import speed_up
 from ftrun.models.load import load_bundle, load_config, load_tokenizer
 from ftrun.objectives.base import Objective
 from ftrun.reporting.html import write_report
 from ftrun.reporting.terminal import results_table
+from ftrun.select.run import FILES as SELECTION_FILES
 from ftrun.select.run import run_selection
 from ftrun.tokens.run import run_tokens
 from ftrun.training import checkpoint, memory
@@ -246,10 +248,10 @@ class Chain:
                 "quant": settings.slots["quant"],
                 "data": [settings.as_dict()["data"], pool.fingerprint, digest(pool.ids.tolist())],
                 "model": [model, _fingerprint(model)],
-                "code": lockfile.code_digest([("select", settings.choice("select")), ("picker", settings.choice("picker"))], ["select"]),
+                "code": lockfile.code_digest([("select", settings.choice("select")), ("picker", settings.choice("picker"))], ["select", "select/scorers", "select/pickers"]),
             }
         )
-        files = [folder / name for name in ("scores.parquet", "selected.jsonl", "summary.json")]
+        files = [folder / name for name in SELECTION_FILES]
         hit = stagecache.fetch("select", key, folder) if self.ctx.team.is_main else None
         if self.ctx.team.gather_object(hit)[0]:
             self.report.note("the same selection was made before: reused")
@@ -359,6 +361,7 @@ class Chain:
         quant = settings.component("quant")
         bundle.model = quant.prepare(bundle.model, settings.train.gradient_checkpointing)
         bundle.model = adapter.attach(bundle.model, self.ctx)
+        speed_up(bundle.model)  # the layers that the adapter brought
         if settings.train.gradient_checkpointing:
             bundle.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         named = [(name, p) for name, p in bundle.model.named_parameters() if p.requires_grad]
@@ -384,7 +387,7 @@ class Chain:
             identity=digest(self.identity()),
         )
         share = self.counts["trainable"] / max(1, self.counts["total"])
-        self.report.note(f"{self.counts['trainable']:,} of {self.counts['total']:,} parameters train ({share:.2%}); {len(table):,} rows, {self.trainer.plan.steps:,} steps")
+        self.report.note(f"{self.counts['trainable']:,} of {self.counts['total']:,} parameters train ({share:.2%}); {_counted(table)}, {self.trainer.plan.steps:,} steps")
         if path:
             self.report.note(f"resuming from {path.name}")
         if settings.train.trackers:
@@ -473,6 +476,12 @@ def _fingerprint(model: ModelConfig) -> str:
     from ftrun.models.load import fingerprint
 
     return fingerprint(model)
+
+
+def _counted(table: TokenTable) -> str:
+    """``40 rows``, or ``12 rows in 40 pieces`` where long texts were split: the pieces are what a step draws."""
+    pieces = int(table.continues.sum())
+    return f"{len(table) - pieces:,} rows" + (f" in {len(table):,} pieces" if pieces else "")
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:

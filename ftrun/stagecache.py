@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ftrun.artifacts import is_whole, whole_folder
+from ftrun.artifacts import MANIFEST, is_whole, whole_folder, written_together
 from ftrun.context import cache_dir
 
 
@@ -14,7 +14,8 @@ def fetch(stage: str, key: str, target: Path) -> bool:
     kept = cache_dir() / "stages" / f"{stage}-{key}"
     if not is_whole(kept):
         return False
-    shutil.copytree(kept, target, dirs_exist_ok=True)
+    with written_together(target, [file.name for file in kept.iterdir() if file.name != MANIFEST]) as beside:
+        shutil.copytree(kept, beside, dirs_exist_ok=True)
     return True
 
 

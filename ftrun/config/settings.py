@@ -45,7 +45,7 @@ class DataConfig:
     heldout_limit: int = 200  # at most this many held-out rows are evaluated
     limit: int | None = None  # use only the first rows of the source
     max_length: int | None = None  # longest row, in tokens; null: what the model can attend to, at most 2048
-    overlong: Literal["auto", "error", "drop", "truncate"] = "auto"  # rows above max_length; auto: texts are split into pieces (rows of train.batch_size), others dropped, an error above 1%
+    overlong: Literal["auto", "error", "drop", "truncate"] = "auto"  # auto: split texts; drop others, error above 1%
     train_on: Literal["responses", "last_response", "all"] = "responses"  # which tokens carry loss in a conversation
     system: str | None = None  # system prompt for rows that have none
 
@@ -56,7 +56,7 @@ class TrainConfig:
     epochs: float = 1.0  # passes over the training rows
     batch_size: int = 8  # rows per optimiser step, over all processes
     batch_tokens: int = 4096  # upper bound of the tokens in one micro-batch, padding included
-    packing: bool = False  # join rows into full sequences, each attending only to itself
+    packing: bool | None = None  # join rows into full sequences, each attending only to itself; null: where that costs nothing
     max_grad_norm: float | None = 1.0  # clip the gradient norm; null: no clipping
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     log_steps: int = 1  # steps between two lines of metrics.jsonl

@@ -8,14 +8,17 @@ Only modules whose formula was tried on the module itself are changed, and whate
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from ftrun.models import kernels
-from ftrun.models.wrappers import unwrap
+from ftrun.models.wrappers import adds_virtual_tokens, unwrap
+
+if TYPE_CHECKING:
+    from ftrun.models.architecture import Architecture
 
 
 class FastRmsNorm:
@@ -122,6 +125,12 @@ def speed_up(model: nn.Module) -> list[str]:
             module.__class__ = _subclass(mixin, plain)
             changed[plain.__name__] += 1
     return [f"{count} {name}" for name, count in sorted(changed.items())]
+
+
+def packs_for_free(model: nn.Module, architecture: Architecture) -> bool:
+    """Whether rows joined into one cost no more attention than rows apart: then joining saves all padding."""
+    whole = all(any(isinstance(part, FastAttention) for part in layer.modules()) for layer in architecture.layers)
+    return whole and not adds_virtual_tokens(model)
 
 
 _subclasses: dict[tuple[type, type], type] = {}

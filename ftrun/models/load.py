@@ -19,6 +19,7 @@ from ftrun.errors import ConfigError
 from ftrun.models import varlen
 from ftrun.models.architecture import describe
 from ftrun.models.bundle import Bundle
+from ftrun.models.fast import speed_up
 from ftrun.models.fingerprint import folder_fingerprint
 from ftrun.models.source import model_folder
 from ftrun.quant.base import Quant
@@ -65,6 +66,7 @@ def load_bundle(
     architecture = describe(loaded)
     _check_weights(report["missing_keys"], loaded, architecture.backbone, task, folder)
     _check_vocabulary(tokenizer, architecture.vocabulary, folder)
+    speed_up(loaded)
     return Bundle(
         model=loaded.eval(),
         tokenizer=tokenizer,

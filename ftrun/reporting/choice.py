@@ -11,7 +11,6 @@ from ftrun.reporting.rows import prompt_and_response
 from ftrun.reporting.run import Run
 
 EACH = 10  # rows of a group
-LENGTHS = ("length", "lengths", "tokens", "n_tokens")
 KEYS = ("id", "selected", "rank", "source")
 
 
@@ -33,7 +32,7 @@ def selection_section(run: Run) -> Markup | None:
             parts.append(
                 _figure(histogram(values, picked, f"histogram of {column}", column.replace("_", " ")), caption)
             )
-    parts += [_lengths(scores, picked), _other_columns(scores, picked, column)]
+    parts += [_lengths(run, picked), _other_columns(scores, picked, column)]
     if column:
         parts += _examples(run, column)
     return Markup("".join(part for part in parts if part))
@@ -41,7 +40,7 @@ def selection_section(run: Run) -> Markup | None:
 
 def score_column(run: Run) -> str | None:
     """The column that rows were ranked by: what the stage says, else the method's name, else the first score."""
-    columns = [name for name, values in run.scores.items() if name not in KEYS + LENGTHS and values.dtype.kind == "f"]
+    columns = [name for name, values in run.scores.items() if name not in KEYS and values.dtype.kind == "f"]
     said = run.selection.get("column")
     method = run.config.get("select")
     name = method.get("name") if isinstance(method, dict) else method
@@ -77,7 +76,7 @@ def example_rows(selected: np.ndarray, score: np.ndarray, rank: np.ndarray | Non
 def _headline(run: Run, picked: np.ndarray) -> Markup:
     count, total = int(picked.sum()), len(picked)
     words = [tag("strong", f"{count:,} of {total:,} rows"), f" were picked ({count / total:.1%})"]
-    lengths = next((run.scores[name].astype(float) for name in LENGTHS if name in run.scores), None)
+    lengths = run.row_lengths
     if lengths is not None and np.nansum(lengths) > 0:
         tokens = float(np.nansum(lengths[picked]))
         words.append(
@@ -95,11 +94,10 @@ def _headline(run: Run, picked: np.ndarray) -> Markup:
     return tag("p", *words)
 
 
-def _lengths(scores: dict[str, np.ndarray], picked: np.ndarray) -> Markup | None:
-    name = next((name for name in LENGTHS if name in scores), None)
-    if name is None or not picked.any():
+def _lengths(run: Run, picked: np.ndarray) -> Markup | None:
+    lengths = run.row_lengths
+    if lengths is None or not np.isfinite(lengths[picked]).any():
         return None
-    lengths = scores[name].astype(float)
     medians = np.nanmedian(lengths), np.nanmedian(lengths[picked])
     caption = f"Tokens of a row: the choice filled (median {medians[1]:.0f}), the whole pool as a line (median {medians[0]:.0f})."
     return _figure(compared(lengths, lengths[picked], "row lengths", "tokens"), [caption])
@@ -107,7 +105,7 @@ def _lengths(scores: dict[str, np.ndarray], picked: np.ndarray) -> Markup | None
 
 def _other_columns(scores: dict[str, np.ndarray], picked: np.ndarray, column: str | None) -> Markup | None:
     names = [
-        name for name, values in scores.items() if name not in (column, *KEYS, *LENGTHS) and values.dtype.kind == "f"
+        name for name, values in scores.items() if name not in (column, *KEYS) and values.dtype.kind == "f"
     ]
     plots = []
     for name in names:

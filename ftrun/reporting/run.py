@@ -74,6 +74,15 @@ class Run:
     def selection(self) -> dict[str, Any]:
         return self._json("selection/summary.json")
 
+    @cached_property
+    def row_lengths(self) -> np.ndarray | None:
+        """Tokens of the rows of ``scores``, in their order, (rows,), NaN where unknown; None when nobody counted them."""
+        columns = self._columns("selection/lengths.parquet")
+        if not {"id", "tokens"} <= columns.keys():
+            return None
+        known = dict(zip(columns["id"].tolist(), columns["tokens"].astype(float).tolist(), strict=True))
+        return np.array([known.get(id, np.nan) for id in self.scores["id"].tolist()])
+
     def rows(self, ids: Collection[int]) -> dict[int, dict[str, Any]]:
         """These rows by id, as far as they were chosen or kept as examples of those that were not."""
         wanted, found = set(ids), {}

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ftrun.artifacts import disk_guard, write_json
+from ftrun.artifacts import disk_guard, write_json, written_together
 from ftrun.config.values import parse_budget
 from ftrun.errors import ConfigError, DataError
+from ftrun.reporting.choice import example_rows
 from ftrun.select.base import Budget, Picker, Scorer, Table
 from ftrun.select.pickers.own import Own
 from ftrun.select.scoring import Scoring
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ftrun.models.bundle import Bundle
 
 NAMED_IDS = 20  # rows that summary.json names a reason
+FILES = ("lengths.parquet", "examples.jsonl", "scores.parquet", "selected.jsonl", "summary.json")
 
 
 @dataclass
@@ -66,7 +68,7 @@ def run_selection(
         admitted = scorer.keep(table)
         _check(settings, scorer, budget, table, admitted, selected, ctx)
         if ctx.team.rank == 0:
-            _write(folder, settings, pool, selected, admitted, ctx)
+            _write(folder, settings, pool, selected, admitted, scorer.column, ctx)
         ctx.scoring.discard()
     finally:
         ctx.scoring = None
@@ -179,27 +181,44 @@ def _check(
 
 
 def _write(
-    folder: Path, settings: Settings, pool: Pool, selected: Selected, admitted: np.ndarray, ctx: Context
+    folder: Path, settings: Settings, pool: Pool, selected: Selected, admitted: np.ndarray, column: str, ctx: Context
 ) -> None:
+    """All files of the stage, or none: they are made in a folder of their own and moved when they are all there."""
     table, ids = selected.table, selected.ids
     rank = np.zeros(len(table), np.int64)
     rank[ids] = np.arange(1, len(ids) + 1)
+    number = pa.array(pool.ids, pa.int64())
     scores = {
-        "id": pa.array(pool.ids, pa.int64()),
+        "id": number,
         **{name: pa.array(values, pa.float64()) for name, values in table.columns.items()},
         "selected": pa.array(rank > 0),
         "rank": pa.array(rank, pa.int64(), mask=rank == 0),
     }
-    with written_beside(folder / "selected.jsonl") as beside, beside.open("w", encoding="utf-8") as file:
-        for number in pool.ids[ids].tolist():
-            file.write(json.dumps(_chosen_row(pool.fields(number), number), ensure_ascii=False) + "\n")
-    with written_beside(folder / "scores.parquet") as beside:
-        pq.write_table(pa.table(scores), beside)
-    summary = _summary(settings, pool, selected, admitted)
-    write_json(folder / "summary.json", summary)
+    summary = _summary(settings, pool, selected, admitted) | {"column": column or None}
+    with written_together(folder, FILES) as beside:
+        _write_rows(beside / "selected.jsonl", pool, pool.ids[ids])
+        _write_rows(beside / "examples.jsonl", pool, pool.ids[_examples(table, column, rank)])
+        pq.write_table(pa.table(scores), beside / "scores.parquet")
+        pq.write_table(pa.table({"id": number, "tokens": pa.array(table.lengths, pa.int64())}), beside / "lengths.parquet")
+        write_json(beside / "summary.json", summary)
     ctx.report.note(
-        f"selected {summary['picked']} of {summary['pool']} rows, {summary['tokens']} tokens; {summary['unscored']['rows']} without a score, {summary['filtered']} left out by the filter"
+        f"selected {summary['picked']:,} of {summary['pool']:,} rows, {summary['tokens']:,} tokens; "
+        f"{summary['unscored']['rows']:,} without a score, {summary['filtered']:,} left out by the filter"
     )
+
+
+def _examples(table: Table, column: str, rank: np.ndarray) -> np.ndarray:
+    """Places of the rows that the report shows, in the order of the pool."""
+    if not column:
+        return np.zeros(0, np.int64)
+    groups = example_rows(rank > 0, table.columns[column], np.where(rank > 0, rank, np.nan))
+    return np.unique(np.concatenate(list(groups.values())))
+
+
+def _write_rows(path: Path, pool: Pool, ids: np.ndarray) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for number in ids.tolist():
+            file.write(json.dumps(_chosen_row(pool.fields(number), number), ensure_ascii=False) + "\n")
 
 
 def _chosen_row(fields: dict[str, Any], number: int) -> dict[str, Any]:

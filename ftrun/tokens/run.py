@@ -47,20 +47,26 @@ def run_tokens(policy: TokenPolicy, table: TokenTable, ctx: Context) -> TokenTab
 
 
 def write_tokens(path: Path, table: TokenTable, scores: np.ndarray, weights: np.ndarray) -> None:
-    """One line a token; ``position`` counts from 0 in its row (a pair counts on from chosen to rejected)."""
+    """One line a token; ``position`` counts from 0 in its row (a pair counts on from chosen to rejected).
+
+    The token that a piece of a text repeats from the piece before is one token of the row, written once.
+    """
     lengths = table.lengths
-    per_row = lengths.reshape(-1, table.sequences_per_row).sum(axis=1)
-    starts = np.cumsum(per_row) - per_row
+    repeated = np.zeros(len(table.input_ids), bool)
+    repeated[table.offsets[:-1][table.continues]] = True
+    lines = np.flatnonzero(~repeated)
+    ids = np.repeat(table.record, lengths)[lines]
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1))  # first line of every row
+    positions = np.arange(len(lines)) - np.repeat(starts, np.diff(starts, append=len(lines)))
     with written_beside(path) as beside, pq.ParquetWriter(beside, SCHEMA) as writer:
-        ids = np.repeat(table.record, lengths)
-        positions = np.arange(len(table.input_ids)) - np.repeat(starts, per_row)
-        for first in range(0, len(table.input_ids), TOKENS_AT_ONCE):
+        for first in range(0, len(lines), TOKENS_AT_ONCE):
             part = slice(first, first + TOKENS_AT_ONCE)
+            tokens = lines[part]
             columns = [
                 pa.array(ids[part], pa.int64()),
                 pa.array(positions[part], pa.int64()),
-                pa.array(np.asarray(table.input_ids[part]), pa.int64()),
-                pa.array(scores[part].astype(np.float64), pa.float64(), from_pandas=True),  # NaN as null
-                pa.array(weights[part].astype(np.float64), pa.float64()),
+                pa.array(table.input_ids[tokens], pa.int64()),
+                pa.array(scores[tokens].astype(np.float64), pa.float64(), from_pandas=True),  # NaN as null
+                pa.array(weights[tokens].astype(np.float64), pa.float64()),
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA))

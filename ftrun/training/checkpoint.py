@@ -70,6 +70,12 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
     return None, damaged
 
 
+def sweep(folder: Path) -> None:
+    """Delete what killed runs left half-written."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path)
+
+
 def prune(folder: Path, keep: int, spare: int | None) -> None:
     """Delete all but the newest ``keep`` checkpoints; the one of step ``spare`` stays."""
     for path in sorted(folder.glob("step-*"), reverse=True)[keep:]:

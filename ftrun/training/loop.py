@@ -29,6 +29,7 @@ from ftrun.data.batches import Batch, Plan, micro_batches
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError, DataError
 from ftrun.models.bundle import Bundle
+from ftrun.models.fast import packs_for_free
 from ftrun.objectives.base import Objective
 from ftrun.schedules.base import Schedule
 from ftrun.tokens.base import TokenPolicy
@@ -63,6 +64,8 @@ class Trainer:
         self.team = self.ctx.team
         self.plan = Plan.of(len(self.table), self.settings.batch_size, self.settings.epochs, self.settings.max_steps, self.ctx.seed)
         self.folder = self.ctx.out / "train"
+        joins = self.objective.kind in ("sft", "text") and packs_for_free(self.bundle.model, self.bundle.architecture)
+        self.packing = joins if self.settings.packing is None else self.settings.packing
         self.progress.data, self.progress.identity = self.table.fingerprint(), self.identity
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         if not self.table.trained_counts().any() and self.objective.kind != "labels":
@@ -77,6 +80,8 @@ class Trainer:
 
         Raises Interrupted or Preempted after saving when somebody asked to stop, ComponentError when the loss is no number.
         """
+        if self.team.is_main:
+            checkpoint.sweep(self.folder / "checkpoints")
         if resume:
             self._restore(resume)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +170,7 @@ class Trainer:
         rows = deal(self.plan.step(step), self._row_lengths, self.team.world_size)[self.team.rank]
         if len(rows) == 0:
             return []
-        cut = micro_batches(self.table, rows, self.settings.batch_tokens, self.settings.packing, self.bundle.pad_id)
+        cut = micro_batches(self.table, rows, self.settings.batch_tokens, self.packing, self.bundle.pad_id)
         return [batch.to(self.team.device) for batch in cut]
 
     @property

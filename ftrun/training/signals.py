@@ -2,7 +2,7 @@
 
 While training, a signal only raises a flag: the step is finished, the state saved, and then the run ends. In every
 other stage the signal ends the stage at once; what is done is on disk and is not done again. A second Ctrl-C never
-waits.
+waits. While the end of the run is written down, nothing interrupts it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.asked: type[FtrunError] | None = None
-        self._deferred = False
+        self.raised = False  # an error that follows may be a library's wording of ours
+        self._deferred = self._closing = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -43,14 +44,17 @@ class StopSignals:
         if self.asked:
             raise error_for(self.asked)
 
+    def close(self) -> None:
+        """From here on signals are only noted: the last files of the run are being written."""
+        self._closing = True
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         again = self.asked is Interrupted and number == signal.SIGINT
         self.asked = Interrupted if number == signal.SIGINT else Preempted
-        if again or not self._deferred:
+        if not self._closing and (again or not self._deferred):
+            self.raised = True
             raise error_for(self.asked)
 
 
 def error_for(kind: type[FtrunError]) -> FtrunError:
-    if kind is Interrupted:
-        return Interrupted("interrupted", todo="Go on with the same command and resume=<run folder>.")
-    return Preempted("asked to stop", todo="Go on with the same command and resume=<run folder>.")
+    return Interrupted("interrupted") if kind is Interrupted else Preempted("asked to stop")

@@ -42,13 +42,15 @@ def plan(composed: Composed) -> dict[str, Any]:
     ctx = plain_context(settings, Path("."))
     chain = Chain(ctx, composed, [], StopSignals())
     pool = load_pool(settings.data, chain.work, settings.seed)
-    table = chain.prepare(pool, "rows").table
+    prepared = chain.prepare(pool, "rows")
+    table = prepared.table
     lengths = np.asarray(table.lengths).reshape(len(table), -1).sum(axis=1)
     model = meta_model(settings.model, settings.task)
     total, embedding = logical_parameters(model), _embedding(model)
     architecture = describe(model)
     trainable = _trainable(settings, model, architecture, ctx)
-    stages = _stages(settings, lengths, total, trainable, embedding, architecture)
+    pieces = len(table) / len(prepared.kept)
+    stages = _stages(settings, lengths, pieces, total, trainable, embedding, architecture)
     speed = _matmul_speed(ctx.team.device)
     _print(ctx.report, settings, total, trainable, stages, speed)
     for note in composed.notes:
@@ -60,7 +62,7 @@ def plan(composed: Composed) -> dict[str, Any]:
     return {
         "total_parameters": total,
         "trainable_parameters": trainable,
-        "rows": len(table),
+        "rows": len(prepared.kept),
         "fits": need <= available,
         "available_bytes": available,
         "stages": {stage.name: {"tokens": stage.tokens, "memory_bytes": stage.memory, "seconds": stage.flops / speed} for stage in stages},
@@ -83,7 +85,7 @@ def _trainable(settings: Settings, model: torch.nn.Module, architecture: Archite
     return sum(p.numel() for p in attached.parameters() if p.requires_grad)
 
 
-def _stages(settings: Settings, lengths: np.ndarray, total: int, trainable: int, embedding: int, architecture: Architecture) -> list[Stage]:
+def _stages(settings: Settings, lengths: np.ndarray, pieces: float, total: int, trainable: int, embedding: int, architecture: Architecture) -> list[Stage]:
     body = total - embedding  # looking a token up costs nothing; the head is part of the body unless it is tied
     weight_bytes = _weight_bytes(settings, total, architecture)
     width, layers = architecture.width, len(architecture.layers)
@@ -92,7 +94,7 @@ def _stages(settings: Settings, lengths: np.ndarray, total: int, trainable: int,
     if settings.choice("select") != "none":
         tokens = float(lengths.sum()) * _passes(settings)
         stages.append(Stage("select", tokens, 2.0 * (body + embedding) * tokens, weight_bytes + settings.select.batch_tokens * width * 4 * 12))
-        picked = _picked(lengths, settings)
+        picked = _picked(lengths, pieces, settings)
     run = Plan.of(len(picked), settings.train.batch_size, settings.train.epochs, settings.train.max_steps, settings.seed)
     step_tokens = float(picked.mean()) * settings.train.batch_size
     micro = min(float(settings.train.batch_tokens), step_tokens * 1.5) + float(picked.max()) * (picked.max() > settings.train.batch_tokens)
@@ -110,12 +112,13 @@ def _passes(settings: Settings) -> float:
     return float(getattr(settings.component("select"), "passes", 1.0))
 
 
-def _picked(lengths: np.ndarray, settings: Settings) -> np.ndarray:
+def _picked(lengths: np.ndarray, pieces: float, settings: Settings) -> np.ndarray:
+    """As many lengths as the budget takes; a row has ``pieces`` of them on average."""
     budget = parse_budget(settings.budget)
     if budget is None:
         return lengths
     kind, amount = budget
-    rows = amount if kind == "rows" else amount * len(lengths) if kind == "share" else amount / max(1.0, lengths.mean())
+    rows = amount * pieces if kind == "rows" else amount * len(lengths) if kind == "share" else amount / max(1.0, lengths.mean())
     return lengths[: max(1, min(len(lengths), round(rows)))]
 
 

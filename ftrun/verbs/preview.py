@@ -30,18 +30,22 @@ def preview(composed: Composed, html: bool) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(settings.model)
     packs = _neighbours(np.asarray(table.lengths), settings.train.batch_tokens) if settings.train.packing else {}
-    rows = []
+    rows, piece = [], 0
+    continues = table.continues
     for index in range(min(ROWS * table.sequences_per_row, len(table.record))):
         sequence = table.sequence(index)
         weights = sequence.loss_weight.copy()
         weights[:1] = 0  # nothing predicts the first token
-        note = f"packed with rows {', '.join(map(str, table.record[packs[index]]))}" if packs.get(index) else ""
+        piece = piece + 1 if continues[index] else 1
+        notes = [f"piece {piece} of its text"] if piece > 1 or continues[index + 1 : index + 2].any() else []
+        if packs.get(index):
+            notes.append(f"packed with rows {', '.join(map(str, dict.fromkeys(table.record[packs[index]].tolist())))}")
         tokens = [tokenizer.decode([token]) for token in sequence.input_ids.tolist()]
-        rows.append(PreviewRow(sequence.record, tokens, weights.tolist(), note))
+        rows.append(PreviewRow(sequence.record, tokens, weights.tolist(), " · ".join(notes)))
     trained = int(table.trained_counts().sum())
     counts = {
-        "rows": len(table),
-        "tokens": int(table.offsets[-1]),
+        "rows": len(prepared.kept),
+        "tokens": int(table.offsets[-1] - continues.sum()),
         "trained_tokens": trained,
         "dropped": {reason: len(ids) for reason, ids in prepared.dropped.items()},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -284,3 +285,51 @@ def test_real_rows(tokenizer, tmp_path):
                 tokenizer.decode(sequence.input_ids[sequence.loss_weight > 0])
                 == pool[sequence.record].response + "<|im_end|>"
             )
+
+
+# ---- long texts ----
+
+TEXTS = [{"text": "the fox" + " the" * count} for count in (0, 3, 61, 200, 9)]
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 16, 64])
+def test_every_token_of_a_long_text_is_a_target_once(ready, max_length):
+    whole, split = ready(TEXTS).table, ready(TEXTS, max_length=max_length)
+    table, continues = split.table, split.table.continues
+    assert table.lengths.max() <= max_length and table.lengths.min() >= 2
+    assert split.kept.tolist() == list(range(5)) and len(table) == len(table.record) > 5
+    for row in range(5):
+        pieces = [table.sequence(int(index)) for index in np.flatnonzero(table.record == row)]
+        text = whole.sequence(row)
+        targets = np.concatenate([piece.input_ids[1:] for piece in pieces])
+        assert targets.tolist() == text.input_ids[1:].tolist()
+        assert all((piece.loss_weight[1:] == 1).all() and piece.loss_weight[0] == 0 for piece in pieces)
+        for before, after in itertools.pairwise(pieces):
+            assert after.input_ids[0] == before.input_ids[-1] and len(before.input_ids) == max_length
+    assert table.trained_counts().sum() == whole.trained_counts().sum()
+    assert continues.tolist() == [False, *(table.record[1:] == table.record[:-1])]
+
+
+def test_split_texts_are_counted(ready):
+    prepared = ready(TEXTS, max_length=64)
+    lengths = [len(ready(TEXTS).table.sequence(row).input_ids) for row in range(5)]
+    pieces = [-(-(length - 1) // 63) for length in lengths]
+    long = [count for count in pieces if count > 1]
+    assert len(prepared.table) == sum(pieces) and not prepared.dropped and not prepared.truncated
+    assert prepared.notes == [
+        f"{len(long)} of 5 rows split into {sum(long)} pieces of at most data.max_length=64 tokens"
+    ]
+
+
+def test_a_text_as_long_as_the_limit_stays_whole(ready):
+    length = len(ready(TEXTS).table.sequence(3).input_ids)
+    assert len(ready(TEXTS, max_length=length).table) == 5
+    assert len(ready(TEXTS, max_length=length - 1).table) == 6
+
+
+def test_long_texts_obey_an_explicit_setting(ready):
+    with pytest.raises(DataError, match="1 of 5 rows are longer than data.max_length=100"):
+        ready(TEXTS, max_length=100, overlong="error")
+    assert ready(TEXTS, max_length=100, overlong="drop").dropped == {TOO_LONG: [3]}
+    cut = ready(TEXTS, max_length=100, overlong="truncate")
+    assert cut.truncated == [3] and cut.table.lengths.max() == 100 and len(cut.table) == 5

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation.heldout import Heldout, ratio
@@ -124,3 +125,17 @@ def test_a_row_beyond_the_context_is_named(bundle, context):
     long = TokenTable.from_sequences([Sequence(np.full(600, 7, np.int32), np.ones(600, np.float32), 42)])
     with pytest.raises(DataError, match="row 42 has 600 tokens"):
         Heldout().evaluate(bundle, context(heldout_tokens=long))
+
+
+def test_pieces_of_a_text_are_one_row(bundle, context, table):
+    sequences = [table.sequence(index) for index in range(len(table))]
+    cut = [piece for sequence in sequences for piece in Renderer(bundle.tokenizer).pieces(sequence, 8)]
+    pieces = TokenTable.from_sequences(cut)
+    assert len(pieces) > len(table)
+    found = Heldout().evaluate(bundle, context(heldout_tokens=pieces))
+    losses = [loss for sequence in cut for loss in plain_losses(bundle.model, TokenTable.from_sequences([sequence]))[sequence.record]]
+    assert found.metrics["loss"].value == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    whole = Heldout().evaluate(bundle, context(heldout_tokens=table))
+    counts = [[(row["id"], row["tokens"]) for row in evaluation.predictions] for evaluation in (found, whole)]
+    assert counts[0] == counts[1]
+    assert found.metrics["loss"].n == whole.metrics["loss"].n == 11

@@ -189,17 +189,18 @@ def _selection(folder: Path, rng: random.Random, np_rng: np.random.Generator, ro
         "ifd": score,
         "conditional": conditional,
         "direct": conditional / score,
-        "length": length,
         "selected": selected,
         "rank": rank,
     }
     parquet.write_table(pa.table(columns), folder / "scores.parquet")
+    parquet.write_table(pa.table({"id": np.arange(rows), "tokens": length.astype(int)}), folder / "lengths.parquet")
     _lines(folder / "selected.jsonl", [{"id": int(i), **pool[i]} for i in ranked])
     _lines(folder / "examples.jsonl", [{"id": int(i), **pool[i]} for i in range(rows) if not selected[i] and i % 5])
     _json(
         folder / "summary.json",
         {
             "select": "superfiltering",
+            "column": "ifd",
             "picker": "top_k",
             "budget": 0.25,
             "pool": rows,

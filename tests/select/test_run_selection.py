@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -10,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ftrun.config.settings import SelectConfig
-from ftrun.errors import ConfigError, DataError
+from ftrun.errors import ConfigError, DataError, ResourceError
+from ftrun.reporting.choice import example_rows
+from ftrun.reporting.run import Run
 from ftrun.select.run import run_selection
 from ftrun.select.scoring import Scoring
 
@@ -54,7 +57,12 @@ def test_files_say_the_same_as_the_result(rows, make_pool, select):
     assert summary["picked"] == 6
     assert summary["filtered"] == 24 - len(admitted)
     assert summary["tokens"] == selected.table.lengths[expected].sum()
+    assert summary["column"] == "ifd"
+    lengths = pq.read_table(ctx.out / "selection" / "lengths.parquet")
+    assert lengths.to_pydict() == {"id": list(range(24)), "tokens": selected.table.lengths.tolist()}
     assert sorted(file.name for file in (ctx.out / "selection").iterdir()) == [
+        "examples.jsonl",
+        "lengths.parquet",
         "scores.parquet",
         "selected.jsonl",
         "summary.json",
@@ -205,3 +213,39 @@ def test_a_killed_selection_goes_on(rows, make_pool, select, monkeypatch):
     np.testing.assert_array_equal(selected.table.columns["ifd"], expected)
     assert len(computed) == texts  # none twice
     assert not (ctx.out / "selection" / "shards").exists()
+
+
+def test_the_rows_that_the_report_shows_are_kept(rows, make_pool, select):
+    rows = [{**row, "source": f"page {number}"} for number, row in enumerate(rows)]
+    pool = make_pool(rows).subset(np.arange(4, 24))
+    selected, ctx = select(pool, select="longest", budget=3)
+    kept = [json.loads(line) for line in (ctx.out / "selection" / "examples.jsonl").read_text().splitlines()]
+    scores = pq.read_table(ctx.out / "selection" / "scores.parquet")
+    picked = scores["selected"].to_numpy()
+    shown = example_rows(picked, scores["tokens"].to_numpy(), scores["rank"].to_numpy())
+    assert [line["id"] for line in kept] == sorted(4 + place for places in shown.values() for place in places.tolist())
+    assert all(line == {**rows[line["id"]], "id": line["id"]} for line in kept)
+    assert len(kept) > 3 and Run(ctx.out).row_lengths.tolist() == selected.table.lengths.tolist()
+
+
+def test_without_a_score_there_are_no_examples(rows, make_pool, select):
+    _, ctx = select(make_pool(rows), select="none")
+    assert (ctx.out / "selection" / "examples.jsonl").read_text() == ""
+    assert read(ctx)[2]["column"] is None
+
+
+@pytest.mark.parametrize("failing", ["lengths.parquet", "scores.parquet"])
+def test_a_failure_while_writing_leaves_nothing(rows, make_pool, context, bundle, monkeypatch, failing):
+    ctx = context(select="longest", budget=3)
+    write_table = pq.write_table
+
+    def fails(table, path):
+        if path.name == failing:
+            path.write_bytes(b"PAR1")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_table(table, path)
+
+    monkeypatch.setattr(pq, "write_table", fails)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        run_selection(ctx.settings, make_pool(rows), lambda: bundle, ctx)
+    assert list((ctx.out / "selection").iterdir()) == []

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.tokens.none import NoPolicy
-from ftrun.tokens.run import run_tokens
+from ftrun.tokens.run import run_tokens, write_tokens
 from ftrun.tokens.token_cleaning import TokenCleaning, highest
 
 
@@ -167,3 +168,28 @@ def test_a_policy_without_weights_leaves_the_table(table, context):
     ctx = context()
     assert run_tokens(NoPolicy(), table, ctx) is table
     assert not (ctx.out / "selection").exists()
+
+
+def split(table: TokenTable, limit: int) -> TokenTable:
+    """The same texts in pieces of at most ``limit`` tokens."""
+    renderer = Renderer(None)
+    sequences = [table.sequence(index) for index in range(len(table))]
+    return TokenTable.from_sequences([piece for sequence in sequences for piece in renderer.pieces(sequence, limit)])
+
+
+def test_pieces_of_a_text_are_written_as_one_row(table, tmp_path):
+    pieces = split(table, 4)
+    assert len(pieces) > len(table)
+    written = []
+    for name, some in (("whole", table), ("pieces", pieces)):
+        write_tokens(tmp_path / name, some, np.zeros(len(some.input_ids)), np.asarray(some.loss_weight))
+        written.append(pq.read_table(tmp_path / name))
+    assert written[0].equals(written[1])
+
+
+def test_level_sample_ranks_a_text_and_not_its_pieces(bundle, reference_dir, table, context):
+    pieces = split(table, 4)
+    _, weights = TokenCleaning(reference=str(reference_dir), k=0.5, level="sample").precompute(pieces, context())
+    kept = pieces.with_weights(weights).trained_counts()
+    per_text = np.bincount(pieces.record - 100, weights=kept)
+    assert per_text.tolist() == [int(0.5 * n) for n in table.trained_counts()]

@@ -97,6 +97,11 @@ def test_resume_equals_uninterrupted_to_the_bit(variant, packing, tiny_dir, rows
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
+def finish(*overrides: str) -> None:
+    done = subprocess.run(command(*overrides), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def command(*overrides: str) -> list[str]:
     return [sys.executable, "-m", "ftrun", "train", *overrides]
 
@@ -119,13 +124,13 @@ def test_sigkill_and_resume(variant, processes, tiny_dir, rows_file, tmp_path):
     """A real SIGKILL at a random step."""
     more = ["train.save_steps=1", "train.max_steps=40", f"launch.processes={processes}", "launch.threads=1"]
     whole = words(variant, tiny_dir, rows_file, tmp_path / "whole", *more)
-    subprocess.run(command(*whole), check=True, capture_output=True)
+    finish(*whole)
     cut = words(variant, tiny_dir, rows_file, tmp_path / "cut", *more)
     process = subprocess.Popen(command(*cut), stderr=subprocess.DEVNULL, start_new_session=True)
     wait_for_step(tmp_path / "cut", int(np.random.default_rng().integers(2, 25)), process)
     kill_tree(process)
     resumed = [word for word in cut if not word.startswith("out=")]
-    subprocess.run(command(*resumed, f"resume={tmp_path / 'cut'}"), check=True, capture_output=True)
+    finish(*resumed, f"resume={tmp_path / 'cut'}")
     assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
@@ -157,7 +162,7 @@ def test_two_processes_same_losses(tiny_dir, rows_file, tmp_path):
     one = words("full", tiny_dir, rows_file, tmp_path / "one", "train.batch_tokens=150")
     two = words("full", tiny_dir, rows_file, tmp_path / "two", "launch.processes=2")
     for overrides in (one, two):
-        subprocess.run(command(*overrides), check=True, capture_output=True)
+        finish(*overrides)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5, atol=1e-5)
 
 
