@@ -19,8 +19,7 @@ from ftrun.errors import ConfigError, FtrunError, ResourceError
 
 MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# /proc and other virtual file systems say ENOENT when a folder cannot be made there
-UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG)
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -103,9 +102,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def written_together(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A folder to write these files in, which then replace those of ``folder``; when one fails, none appears."""
+    """A folder to write these files in, which are then moved to ``folder``; when writing one fails, none appears."""
     beside = folder / f".beside.{os.getpid()}"
     with disk_guard(folder):
+        shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         try:
             yield beside
@@ -145,9 +145,12 @@ class RunLock:
         self._file: TextIO | None = None
 
     def __enter__(self) -> RunLock:
-        with disk_guard(self.folder / ".lock"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / ".lock").open("w")
+        try:
+            with full_disk_guard(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._file = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.folder}: {error.strerror}", f"out={self.folder}", "Choose a folder that you may write with out=DIR.") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

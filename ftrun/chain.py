@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from torch import nn
 
 from ftrun import lockfile, registry, stagecache
 from ftrun.adapters.base import Adapter
-from ftrun.artifacts import RunLock, digest, new_run_folder, write_json, write_text
+from ftrun.artifacts import RunLock, digest, full_disk_guard, new_run_folder, write_json, write_text
 from ftrun.config.compose import Composed
 from ftrun.config.settings import ModelConfig, Settings
 from ftrun.context import Context, cache_dir
@@ -26,25 +25,27 @@ from ftrun.data.pool import Pool, limit_heldout, load_pool, train_and_heldout
 from ftrun.data.prepare import Prepared, prepare
 from ftrun.data.render import apply_template
 from ftrun.data.tokens import TokenTable
-from ftrun.errors import CheckpointError, ConfigError, DataError, FtrunError
+from ftrun.errors import CheckpointError, ComponentError, ConfigError, DataError, FtrunError, Interrupted, Preempted
 from ftrun.evaluation.run import evaluate_all, evaluating
-from ftrun.models.architecture import context_length
+from ftrun.models.architecture import Architecture, context_length
 from ftrun.models.bundle import Bundle
+from ftrun.models.checkpointing import checkpoint_activations
 from ftrun.models.fast import speed_up
-from ftrun.models.load import load_bundle, load_config, load_tokenizer
+from ftrun.models.load import load_bundle, load_config, load_tokenizer, parameters_in, resolve_dtype
 from ftrun.objectives.base import Objective
 from ftrun.reporting.html import write_report
 from ftrun.reporting.terminal import results_table
 from ftrun.select.run import FILES as SELECTION_FILES
 from ftrun.select.run import run_selection
 from ftrun.tokens.run import run_tokens
-from ftrun.training import checkpoint, memory
+from ftrun.training import checkpoint, estimate, memory
 from ftrun.training.distributed import Team
 from ftrun.training.loop import Reference, Trainer, switched_off
 from ftrun.training.progress import Reporter
-from ftrun.training.signals import StopSignals
+from ftrun.training.signals import StopSignals, error_for
 
 LABELS = "labels.json"  # class names of a classification run
+OUTPUTS = ("selection", "train", "eval", "adapter", "model")  # what a run computes, as against what it says of itself
 DEFAULT_LENGTH = 2048  # tokens of a row, where neither the user nor the model's context says less
 # settings that may differ between a run and its continuation: they do not change what is computed
 FREE_ON_RESUME = {"out", "resume", "launch", "stages", "eval", "run", "prompt"}
@@ -68,22 +69,32 @@ def run(composed: Composed, verb: str, command: Sequence[str]) -> dict[str, Any]
         ctx = Context(settings, out, team, report)
         chain = Chain(ctx, composed, list(command), signals)
         try:
+            chain.check_folder()
             return chain.run()
         finally:
             team.close()
 
 
 def run_folder(settings: Settings) -> Path:
-    """Where this run writes. Raises ConfigError when the folder already holds a run and is not being resumed."""
+    """Where this run writes. Raises ConfigError when there is no run to resume."""
     if settings.resume:
         folder = Path(settings.resume)
         if not (folder / "config.yaml").exists():
             raise ConfigError(f"there is no run in {folder}", f"resume={folder}", "Give the folder of a run: the one that holds config.yaml.")
         return folder
-    folder = Path(settings.out) if settings.out else new_run_folder(settings.recipe, settings.as_dict())
-    if (folder / "summary.json").exists():
-        raise ConfigError(f"{folder} already holds a run", f"out={folder}", f"Choose another out=DIR, or continue it with resume={folder}.")
-    return folder
+    return Path(settings.out) if settings.out else new_run_folder(settings.recipe, settings.as_dict())
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a run has left results here; one that was refused before it computed anything leaves only its record."""
+    if any((folder / name).exists() for name in OUTPUTS):
+        return True
+    try:
+        return json.loads((folder / "summary.json").read_text())["status"] != "failed"
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError):
+        return True
 
 
 class Chain:
@@ -104,33 +115,53 @@ class Chain:
     # ---- the run and its record ----
 
     def run(self) -> dict[str, Any]:
+        error: Exception | None = None
         try:
-            self._open()
-            self._stages()
-            status, error = "done", None
-        except FtrunError as problem:
-            status = {130: "interrupted", 143: "preempted"}.get(problem.exit_code, "failed")
-            error = problem
-        except KeyboardInterrupt:
-            raise
+            with memory.memory_guard("the chain was at work", "Lower train.batch_tokens and select.batch_tokens, or use a smaller model."), full_disk_guard(self.ctx.out / "metrics and log"):
+                self._open()
+                self._stages()
         except Exception as problem:
-            self._close("failed", problem)
-            raise
-        summary = self._close(status, error)
+            error = self._cause(problem)
+        self.signals.close()
+        status = "done" if error is None else {130: "interrupted", 143: "preempted"}.get(getattr(error, "exit_code", 5), "failed")
+        try:
+            summary = self._close(status, error)
+        except FtrunError as problem:
+            if error is None:
+                raise
+            self.report.warn(f"the record of this run is not complete: {problem.what}")
         if error:
             raise error
         return summary
 
+    def _cause(self, problem: Exception) -> Exception:
+        """What the user should hear of instead of its consequences."""
+        if self.signals.raised and self.signals.asked and not isinstance(problem, self.signals.asked):
+            problem = error_for(self.signals.asked)  # a library has put it into other words
+        if isinstance(problem, (Interrupted, Preempted)):
+            done = self.trainer.progress.step if self.trainer else 0
+            problem.where = f"after step {done}, which is saved" if self.saved_step == done > 0 else ""
+            problem.todo = f"Go on with the same command and resume={self.ctx.out}."
+        elif self.ctx.team.lost_another(problem):
+            problem = ComponentError("another process of this run has ended", todo="Its own message says why.")
+            problem.secondary = True
+        return problem
+
+    def check_folder(self) -> None:
+        """Refuse a folder that this run must not write into, before anything in it is touched."""
+        out = self.ctx.out
+        if self.settings.resume:
+            self._check_resumed(self.identity())
+        elif self.ctx.team.is_main and holds_work(out):
+            raise ConfigError(f"{out} already holds a run", f"out={out}", f"Choose another out=DIR, or continue it with resume={out}.")
+
     def _open(self) -> None:
         out = self.ctx.out
-        identity = self.identity()
-        if self.settings.resume:
-            self._check_resumed(identity)
         if self.ctx.team.is_main:
             from omegaconf import OmegaConf
 
             write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.settings.as_dict())))
-            write_json(out / "identity.json", identity)
+            write_json(out / "identity.json", self.identity())
             (out / "summary.json").unlink(missing_ok=True)
         self.report.log_to(out / "ftrun.log")
         self.report.stage(f"ftrun {self.settings.recipe or ''}".strip(), str(out))
@@ -170,19 +201,33 @@ class Chain:
             "total_parameters": self.counts.get("total", logical_parameters(model) if model is not None else 0),
             "final_loss": trained.last_loss if trained else None,
             "metrics": self.metrics,
-            "selected_rows": int(len(self.selected)) if self.selected is not None else None,
+            "selected_rows": len(self.selected) if self.selected is not None else None,
             "out": str(self.ctx.out),
         }
         if error is not None:
             summary["error"] = {"what": str(error).splitlines()[0] if str(error) else type(error).__name__, "message": str(error), "exit_code": getattr(error, "exit_code", 5)}
         if self.ctx.team.is_main and self.ctx.out.exists():
-            write_json(self.ctx.out / "lock.json", lockfile.describe(self.command, self.settings.seed, self.ctx.facts))
-            write_json(self.ctx.out / "summary.json", summary)
-            page = write_report(self.ctx.out)
+            files = {"lock.json": lockfile.describe(self.command, self.settings.seed, self.ctx.facts), "summary.json": summary}
+            # what says "done" comes last; what says how a run ended must be tried first, for the disk may be full
+            for name in sorted(files, reverse=status != "done"):
+                write_json(self.ctx.out / name, files[name])
+            self._report(status)
+        return json.loads(json.dumps(summary, default=str))
+
+    def _report(self, status: str) -> None:
+        """The page and the last table; a run is not lost because its picture cannot be drawn."""
+        try:
+            write_report(self.ctx.out)
             if status == "done":
                 results_table(self.ctx.out, self.report)
-                self.report.note(f"report: {page}")
-        return json.loads(json.dumps(summary, default=str))
+        except Exception as problem:
+            self.report.warn(f"the report cannot be written: {type(problem).__name__}: {problem}")
+
+    @property
+    def saved_step(self) -> int:
+        """The newest step that a checkpoint holds."""
+        names = [path.name for path in (self.ctx.out / "train" / "checkpoints").glob("step-*")]
+        return max((int(name.removeprefix("step-")) for name in names), default=0)
 
     # ---- the stages ----
 
@@ -325,6 +370,7 @@ class Chain:
         if self.ctx.bundle is not None:
             return
         settings = self.settings
+        self._warn_of_large_weights()
         with self.report.task("loading the model", None), memory.memory_guard("loading the model", "Use quant=nf4, or a smaller model."):
             labels = len(self.labels) if settings.task == "classify" else None
             bundle = load_bundle(settings.model, task=settings.task, quant=settings.component("quant"), device=self.ctx.team.device, labels=labels)
@@ -334,6 +380,20 @@ class Chain:
         self.counts["total"] = logical_parameters(bundle.model)
         self.ctx.facts["model"] = bundle.fingerprint
         self.ctx.facts["template"] = digest(getattr(bundle.tokenizer, "chat_template", None))
+
+    def _warn_of_large_weights(self) -> None:
+        config = load_config(self.settings.model).get_text_config()
+        dtype = resolve_dtype(self.settings.model.dtype, self.ctx.team.device)
+        tables = config.vocab_size * config.hidden_size * (1 if getattr(config, "tie_word_embeddings", True) else 2)
+        need = estimate.weight_bytes(self.settings, parameters_in(self.settings.model), tables, dtype)
+        if short := estimate.shortage(need, memory.available_bytes(self.ctx.team.device)):
+            self.report.warn(f"the weights may not fit: {short}")
+
+    def _warn_of_large_steps(self, table: TokenTable, architecture: Architecture) -> None:
+        lengths = np.asarray(table.lengths).reshape(len(table), -1).sum(axis=1)
+        need = estimate.training_bytes(self.settings, lengths, self.counts["trainable"], architecture.width, len(architecture.layers))
+        if short := estimate.shortage(need, memory.available_bytes(self.ctx.team.device)):
+            self.report.warn(f"training may not fit: {short}")
 
     def _static_weights(self, table: TokenTable) -> TokenTable:
         policy = self.settings.component("tokens")
@@ -347,11 +407,14 @@ class Chain:
     def _train(self, table: TokenTable) -> None:
         settings, bundle = self.settings, self.ctx.bundle
         assert bundle is not None
-        path, damaged = checkpoint.newest_whole(self.ctx.out / "train" / "checkpoints") if settings.resume else (None, [])
-        for folder in damaged:
-            self.report.warn(f"{folder.name} is damaged or incomplete: passed over")
+        folder = self.ctx.out / "train" / "checkpoints"
+        if settings.resume and self.ctx.team.is_main:
+            checkpoint.sweep(folder)
+        path, damaged = checkpoint.newest_whole(folder) if settings.resume else (None, [])
+        for torn in damaged:
+            self.report.warn(f"{torn.name} is damaged or incomplete: passed over")
         if settings.resume and damaged and path is None:
-            raise CheckpointError("no checkpoint is whole", str(self.ctx.out / "train" / "checkpoints"), "Start a new run.")
+            raise CheckpointError("no checkpoint is whole", str(folder), "Start a new run.")
         if "eval" in settings.stages and settings.train.eval_before and not (self.ctx.out / "eval" / "before.json").exists():
             self._evaluate("before")
         self.report.stage("train", f"{settings.choice('objective')} with adapter={settings.choice('adapter')}, quant={settings.choice('quant')}")
@@ -363,7 +426,7 @@ class Chain:
         bundle.model = adapter.attach(bundle.model, self.ctx)
         speed_up(bundle.model)  # the layers that the adapter brought
         if settings.train.gradient_checkpointing:
-            bundle.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(bundle.model)
         named = [(name, p) for name, p in bundle.model.named_parameters() if p.requires_grad]
         if not named:
             raise ConfigError("nothing would be trained: no parameter is trainable", f"adapter={settings.choice('adapter')}", "Choose an adapter, or quant=none for full fine-tuning.")
@@ -386,8 +449,9 @@ class Chain:
             reference=self._reference(adapter, original),
             identity=digest(self.identity()),
         )
+        self._warn_of_large_steps(table, bundle.architecture)
         share = self.counts["trainable"] / max(1, self.counts["total"])
-        self.report.note(f"{self.counts['trainable']:,} of {self.counts['total']:,} parameters train ({share:.2%}); {_counted(table)}, {self.trainer.plan.steps:,} steps")
+        self.report.note(f"{self.counts['trainable']:,} parameters train, {share:.2%} of the model's {self.counts['total']:,}; {_counted(table)}, {self.trainer.plan.steps:,} steps")
         if path:
             self.report.note(f"resuming from {path.name}")
         if settings.train.trackers:

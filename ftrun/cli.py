@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftrun.errors import ConfigError, FtrunError, nearest
+from ftrun.errors import ComponentError, ConfigError, FtrunError, nearest
 
 HELP = """ftrun: fine-tune language models, one recipe a published method
 
@@ -80,22 +80,29 @@ def entry(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if os.environ.get("FTRUN_DEBUG"):
-            raise
-        print(f"ftrun: a component failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}", file=sys.stderr)
-        print("  Set FTRUN_DEBUG=1 for the traceback.", file=sys.stderr)
-        return 5
+        return say(unexpected(error))
 
 
 def say(error: FtrunError) -> int:
-    """Print one error the way every error looks, and return its exit code."""
+    """Print one error the way every error looks, and return its exit code. A process that we started hands it to us."""
+    from ftrun.training.launch import leave_error
+
     if os.environ.get("FTRUN_DEBUG"):
         import traceback
 
         traceback.print_exception(error)
-    if not error.reported:
+    echo = error.secondary and os.environ.get("RANK", "0") != "0"
+    if not leave_error(error) and not echo:
         print(f"ftrun: {error}", file=sys.stderr)
     return error.exit_code
+
+
+def unexpected(error: Exception) -> FtrunError:
+    """A failure that nobody foresaw, as the one line that it gets without FTRUN_DEBUG."""
+    text = " ".join(str(error).split())[:500]
+    made = ComponentError(f"a component failed: {type(error).__name__}: {text}", todo="Set FTRUN_DEBUG=1 for the traceback.")
+    made.__cause__ = error
+    return made
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
@@ -212,8 +219,8 @@ def _through_hydra(line: CommandLine) -> int:
         choices: dict[str, Any] = OmegaConf.to_container(state.runtime.choices)  # type: ignore[assignment]
         try:
             result = execute(line.verb, compose.resolve(config, choices, overrides), CommandLine(line.verb, overrides))
-        except FtrunError as error:
-            failed.append(say(error))
+        except Exception as error:
+            failed.append(say(error if isinstance(error, FtrunError) else unexpected(error)))
             if failed[-1] in (130, 143):
                 raise KeyboardInterrupt from error
             return None

@@ -14,7 +14,7 @@ class FtrunError(Exception):
     """
 
     exit_code = 5
-    reported = False  # already printed, by a process that we started
+    secondary = False  # only the echo of another process's error
 
     def __init__(self, what: str, where: str = "", todo: str = ""):
         super().__init__(what)

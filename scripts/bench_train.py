@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+INSTALL = "pip install --target /tmp/trl --no-deps trl==1.16.0, then PYTHONPATH=/tmp/trl"
 BATCH, RATE, RANK, ALPHA, SEED = 8, 1e-3, 8, 16, 0
 CONTENDERS = {
     "trl_8": "TRL, batch 8 as it comes",
@@ -121,7 +122,10 @@ def train_with_trl(rows: Path, folder: Path, options: argparse.Namespace, **choi
     plan = Plan.of(len(table), BATCH, 1.0, None, SEED)
     order = [table.sequence(int(row)) for step in range(plan.steps) for row in plan.step(step)]
     dataset = Dataset.from_list(
-        [{"input_ids": s.input_ids.tolist(), "completion_mask": (s.loss_weight > 0).astype(int).tolist()} for s in order]
+        [
+            {"input_ids": s.input_ids.tolist(), "completion_mask": (s.loss_weight > 0).astype(int).tolist()}
+            for s in order
+        ]
     )
     model = AutoModelForCausalLM.from_pretrained(smollm2_135m(), dtype=torch.float32)
     torch.manual_seed(SEED)
@@ -192,7 +196,7 @@ def matmul_speed(seconds: float = 2.0, size: int = 2048) -> float:
     best, until = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < until:
         started = time.perf_counter()
-        left @ right
+        torch.mm(left, right)
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
 
@@ -253,13 +257,30 @@ def show(lines: list[dict[str, Any]], speed: float, parameters: int) -> None:
 
     versus = [other for other in AGAINST if any(line["name"] == other for line in lines)]
     table = Table(title=f"limit of arithmetic: {speed / 4 / parameters:.0f} tokens/s at {speed / 1e9:.0f} GFLOP/s")
-    for title in ("", "tokens", "tokens/s", "of limit", "peak GB", *(f"{kind} vs {o}" for o in versus for kind in ("speed", "memory", "loss"))):
+    for title in (
+        "",
+        "tokens",
+        "tokens/s",
+        "of limit",
+        "peak GB",
+        *(f"{kind} vs {o}" for o in versus for kind in ("speed", "memory", "loss")),
+    ):
         table.add_column(title, justify="right" if title else "left")
     for line in lines:
-        cells = [CONTENDERS[line["name"]], str(line["tokens"]), f"{line['tokens_per_s']:.1f}", f"{line['share_of_limit']:.0%}", f"{line['peak_bytes'] / 1e9:.2f}"]
+        cells = [
+            CONTENDERS[line["name"]],
+            str(line["tokens"]),
+            f"{line['tokens_per_s']:.1f}",
+            f"{line['share_of_limit']:.0%}",
+            f"{line['peak_bytes'] / 1e9:.2f}",
+        ]
         for other in versus:
             if f"speed_vs_{other}" in line:
-                cells += [f"{line[f'speed_vs_{other}']:.2f}x", f"{line[f'memory_vs_{other}']:.2f}x", f"{line[f'loss_difference_vs_{other}']:.1e}"]
+                cells += [
+                    f"{line[f'speed_vs_{other}']:.2f}x",
+                    f"{line[f'memory_vs_{other}']:.2f}x",
+                    f"{line[f'loss_difference_vs_{other}']:.1e}",
+                ]
             else:
                 cells += ["", "", ""]
         table.add_row(*cells)
@@ -282,14 +303,16 @@ def main() -> None:
         return work(options.worker, Path(options.rows_file), Path(options.folder), options)
     chosen = options.only.split(",")
     if any(name.startswith("trl") for name in chosen) and importlib.util.find_spec("trl") is None:
-        raise SystemExit("TRL is not installed:\n" + "\n".join(__doc__.splitlines()[5:7]) + "\nor measure ftrun alone: --only ftrun")
+        raise SystemExit(f"TRL is not installed: {INSTALL}\nOr measure ftrun alone: --only ftrun")
     rows, longest = (16, 200) if options.quick else (options.rows, options.longest)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_rows(folder / "rows.jsonl", rows, longest)
         speeds, results = [], {}
         for name in chosen:
-            speeds.append(start("matmul", folder / "rows.jsonl", folder / f"matmul_{name}", options)["operations_per_s"])
+            speeds.append(
+                start("matmul", folder / "rows.jsonl", folder / f"matmul_{name}", options)["operations_per_s"]
+            )
             results[name] = start(name, folder / "rows.jsonl", folder / name, options)
             print(f"{CONTENDERS[name]}: {results[name]['seconds']:.0f} s", file=sys.stderr, flush=True)
     parameters = 134_515_008  # SmolLM2-135M, the tied head once

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ftrun.errors import ComponentError
+from ftrun.models.quiet import without_bars
 
 
 def loftq(
@@ -58,7 +59,8 @@ def initialise(model: Any, iterations: int) -> None:
 def full_precision(base: Any) -> dict[str, Tensor]:
     """The weights of a quantised model before quantisation, on the CPU, by name."""
     try:
-        source = type(base).from_pretrained(base.name_or_path, dtype="auto")
+        with without_bars():
+            source = type(base).from_pretrained(base.name_or_path, dtype="auto")
     except OSError as error:
         raise ComponentError(
             "LoftQ needs the base's full-precision weights, and they cannot be read again",
@@ -106,4 +108,5 @@ def save_base(model: Any, folder: Path) -> None:
         state[name.replace(".base_layer.", ".")] = value
     with torch.device("meta"):
         plain: nn.Module = type(base)(config)
-    plain.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    with without_bars():
+        plain.save_pretrained(folder, state_dict=state)  # type: ignore[operator]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftrun.adapters.base import Adapter
+from ftrun.models.quiet import without_bars
 from ftrun.registry import register
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class FullFineTuning(Adapter):
 def save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
     """Write ``folder``/model in the transformers format, with the tokenizer where there is one."""
     target = folder / "model"
-    model.save_pretrained(target)
+    with without_bars():
+        model.save_pretrained(target)
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
     return target
@@ -48,4 +50,5 @@ def load_again(model: Any, folder: Path) -> Any:
     arguments: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": config._attn_implementation}
     if getattr(config, "quantization_config", None) is not None:
         arguments["quantization_config"] = config.quantization_config
-    return type(model).from_pretrained(folder, **arguments).to(model.device)
+    with without_bars():
+        return type(model).from_pretrained(folder, **arguments).to(model.device)

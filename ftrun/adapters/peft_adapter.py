@@ -46,9 +46,7 @@ class PeftAdapter(Adapter):
     def attach(self, model: nn.Module, ctx: Context) -> nn.Module:
         from peft import get_peft_model
 
-        with user_errors(self), seeded(ctx.seed), warnings.catch_warnings():
-            for settled in SETTLED:
-                warnings.filterwarnings("ignore", message=settled)
+        with user_errors(self), seeded(ctx.seed), settled_warnings():
             config = self.peft_config(ctx)
             self.before_wrap(model, config, ctx)
             wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
@@ -73,7 +71,8 @@ class PeftAdapter(Adapter):
     def load(self, model: Any, folder: Path) -> nn.Module:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, folder / "adapter")
+        with settled_warnings():
+            return PeftModel.from_pretrained(model, folder / "adapter")
 
     def merge(self, model: Any) -> nn.Module:
         if not self.mergeable:
@@ -92,6 +91,15 @@ class PeftAdapter(Adapter):
             raise ComponentError(
                 f"peft cannot merge this adapter: {error}", todo="Load adapter/ with peft instead."
             ) from error
+
+
+@contextmanager
+def settled_warnings() -> Iterator[None]:
+    """Without the warnings of peft in ``SETTLED``."""
+    with warnings.catch_warnings():
+        for settled in SETTLED:
+            warnings.filterwarnings("ignore", message=settled)
+        yield
 
 
 def is_quantised(model: Any) -> bool:

@@ -55,7 +55,7 @@ def _way_out(value: Any, kind: Any, key: str) -> str:
         return f"Write a list: '{key}=[{value}]'."
     if str in options and isinstance(value, (float, bool)):
         return f"Quote it to make it text: '{key}=\"{value}\"'."
-    return ""
+    return "See `ftrun show` for the key's meaning and default."
 
 
 def _is_union(kind: Any) -> bool:

@@ -62,7 +62,12 @@ class Heldout(Evaluator):
             "token_accuracy": Metric(accuracy, accuracy_error, len(rows)),
         }
         predictions = [
-            {"id": int(table.record[first[row]]), "tokens": int(count), "loss": float(total / count), "correct": int(right)}
+            {
+                "id": int(table.record[first[row]]),
+                "tokens": int(count),
+                "loss": float(total / count),
+                "correct": int(right),
+            }
             for row, total, count, right in zip(rows, nll, tokens, correct, strict=True)
         ]
         return Evaluation(metrics, predictions)

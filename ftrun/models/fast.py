@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from ftrun.models import kernels
 from ftrun.models.wrappers import adds_virtual_tokens, unwrap
@@ -152,8 +153,8 @@ def _is_lora(module: nn.Module) -> bool:
 @torch.no_grad()
 def _same(module: Any, mixin: type, base: Any) -> bool:
     """Whether the fused forward gives on a few tokens what the module's own gives."""
-    parameter = next(module.parameters(), None)
-    if parameter is None or parameter.device.type != "cpu":
+    floats = [p for p in module.parameters() if p.is_floating_point()]  # 4-bit weights are stored as whole numbers
+    if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in (*floats, base.get_input_embeddings().weight)):
         return False
     width = base.get_input_embeddings().weight.shape[1]
     states = torch.linspace(-2, 2, 7 * width).sin_().view(1, 7, width)
@@ -163,9 +164,9 @@ def _same(module: Any, mixin: type, base: Any) -> bool:
             return False
         angles = torch.linspace(0, 3, 7 * module.head_dim // 2).view(1, 7, -1).repeat(1, 1, 2)
         inputs = (states, (angles.cos(), angles.sin()), None)
-    elif mixin is FastMlp and not isinstance(module.act_fn, nn.SiLU) and type(module.act_fn).__name__ != "SiLUActivation":
+    elif mixin is FastMlp and not isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
         return False
-    elif mixin is FastRmsNorm and module.weight.shape != (width,):
+    if mixin is FastRmsNorm and module.weight.shape != (width,):
         return False
     training = module.training
     module.eval()

@@ -64,9 +64,12 @@ def _convert(gguf: Path, folder: Path, finish: Callable[[Any, Any], None] | None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ftrun.models.quiet import without_bars
+
     dtype = torch.float32 if gguf.stat().st_size <= EXACT_BYTES else torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+    with without_bars():
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
     # the weights are plain tensors now; these marks would make save_pretrained treat them as quantised
     model.hf_quantizer = None
     model.is_quantized = False
@@ -74,5 +77,6 @@ def _convert(gguf: Path, folder: Path, finish: Callable[[Any, Any], None] | None
         del model.config.quantization_config
     if finish is not None:
         finish(model, tokenizer)
-    model.save_pretrained(folder)
+    with without_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

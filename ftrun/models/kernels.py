@@ -85,7 +85,7 @@ class _FrozenMlp(torch.autograd.Function):
         d_hidden = d_gate @ w_gate
         del d_gate
         d_hidden.addmm_(d_product.mul_(F.silu(gate)), w_up)
-        return d_hidden.view(shape[:-1] + (w_gate.shape[1],)), None, None, None
+        return d_hidden.view((*shape[:-1], w_gate.shape[1])), None, None, None
 
 
 def frozen_mlp(hidden: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:

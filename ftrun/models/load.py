@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -21,7 +23,8 @@ from ftrun.models.architecture import describe
 from ftrun.models.bundle import Bundle
 from ftrun.models.fast import speed_up
 from ftrun.models.fingerprint import folder_fingerprint
-from ftrun.models.source import model_folder
+from ftrun.models.quiet import without_bars
+from ftrun.models.source import model_folder, weight_files
 from ftrun.quant.base import Quant
 from ftrun.training.memory import memory_guard
 
@@ -51,7 +54,7 @@ def load_bundle(
     arguments: dict[str, Any] = (quant or Quant()).load_arguments(dtype)
     if "quantization_config" in arguments or device.type != "cpu":
         arguments["device_map"] = {"": device}
-    with memory_guard(f"loading {model.path}", "Use quant=nf4, model.dtype=bfloat16, or a smaller model."), _quiet():
+    with memory_guard(f"loading {model.path}", "Use quant=nf4, model.dtype=bfloat16, or a smaller model."), _quiet(), _whole_weights(folder):
         loaded, report = _auto_class(task).from_pretrained(
             folder,
             config=config,
@@ -94,6 +97,16 @@ def meta_model(model: ModelConfig, task: Task, labels: int | None = None) -> nn.
     config = _config(model_folder(model, weights=False), model, labels)
     with torch.device("meta"):
         return _auto_class(task).from_config(config, trust_remote_code=model.trust_remote_code)
+
+
+def parameters_in(model: ModelConfig) -> int:
+    """Parameters in the model's files, from their headers alone."""
+    folder, total = model_folder(model), 0
+    with _whole_weights(folder):
+        for file in weight_files(folder):
+            with safe_open(file, "pt") as tensors:
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
 
 
 def fingerprint(model: ModelConfig) -> str:
@@ -177,7 +190,7 @@ def _unreadable(what: str, error: Exception, model: ModelConfig) -> ConfigError:
             f"model.path={model.path}",
             "Read that code; if you trust it, set model.trust_remote_code=true.",
         )
-    return ConfigError(f"{what} cannot be read: {text[:300]}", f"model.path={model.path}")
+    return ConfigError(f"{what} cannot be read: {text[:300]}", f"model.path={model.path}", "Copy or download the model again.")
 
 
 def _check_weights(missing: Any, model: nn.Module, backbone: str, task: Task, folder: Path) -> None:
@@ -204,15 +217,22 @@ def _check_vocabulary(tokenizer: Any, rows: int, folder: Path) -> None:
 
 
 @contextmanager
+def _whole_weights(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        if "allocate memory" in str(error):
+            raise
+        raise ConfigError(f"a weight file is damaged: {error}", f"model.path={folder}", "Copy or download the model again.") from error
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """No bars or tables of transformers: what they would tell is checked, and an error here."""
     level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ftrun.models.checkpointing import checkpoint_activations
 from ftrun.quant.base import Quant
 from ftrun.registry import register
 
@@ -52,8 +53,7 @@ def freeze_for_training(model: nn.Module, gradient_checkpointing: bool) -> nn.Mo
     """Freeze a quantised model, and hold norms, embeddings and head in float32."""
     from peft import prepare_model_for_kbit_training
 
-    return prepare_model_for_kbit_training(
-        model,
-        use_gradient_checkpointing=gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    )
+    prepared = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if gradient_checkpointing:
+        checkpoint_activations(prepared)
+    return prepared

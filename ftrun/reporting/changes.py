@@ -42,6 +42,7 @@ class Change:
     before: Measured | None
     after: Measured | None
     higher_is_better: bool | None  # None: the metric has no better side
+    paired: float | None = None  # standard error of the change, where the same rows were measured twice
 
     @property
     def delta(self) -> float | None:
@@ -50,16 +51,31 @@ class Change:
 
     @property
     def stderr(self) -> float | None:
-        """Standard error of the change, both sides counted as independent; None when one is unknown."""
+        """Standard error of the change; without paired rows both sides count as independent. None when unknown."""
+        if self.paired is not None:
+            return self.paired
         if not (self.before and self.after) or self.before.stderr is None or self.after.stderr is None:
             return None
         return math.hypot(self.before.stderr, self.after.stderr)
 
     @property
+    def _single(self) -> bool:
+        """Whether one row is all that speaks for the change."""
+        return self.after is not None and self.after.n == 1
+
+    @property
     def amount(self) -> str:
-        """Size of the change with the decimals of the more precise side, without a sign."""
+        """Size of the change with the decimals of the smallest error there is, without a sign."""
         errors = [side.stderr for side in (self.before, self.after) if side and side.stderr]
+        errors += [self.paired] if self.paired else []
         return numbers.pair(abs(self.delta), min(errors, default=None))[0] if self.delta is not None else ""
+
+    @property
+    def direction(self) -> int:
+        """1 up, -1 down, 0 for a change that rounds to nothing at the decimals that are shown."""
+        if self.delta is None or not any(digit in self.amount for digit in "123456789"):
+            return 0
+        return 1 if self.delta > 0 else -1
 
     @property
     def verdict(self) -> Verdict:
@@ -69,13 +85,18 @@ class Change:
             return "same"
         if self.stderr is not None and abs(self.delta) < NOISE * self.stderr:
             return "within noise"
-        if self.higher_is_better is None:
+        if self.higher_is_better is None or self._single:
             return "changed"
         return "better" if (self.delta > 0) == self.higher_is_better else "worse"
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """All metrics of two results files, in the order of the later one."""
+def changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], paired: Mapping[str, Mapping[str, float]] | None = None
+) -> list[Change]:
+    """All metrics of two results files, in the order of the later one.
+
+    ``paired`` holds what ``paired_errors`` found, by evaluator.
+    """
     names = {
         (evaluator, metric): None
         for results in (after, before)
@@ -91,7 +112,11 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
         )
         sides = Measured.read(old), Measured.read(new)
         if any(sides):
-            made.append(Change(evaluator, metric, *sides, _direction(metric, up)))
+            errors = (paired or {}).get(evaluator, {})
+            error = errors.get(metric)
+            if metric == "perplexity" and "loss" in errors and sides[1]:
+                error = sides[1].value * errors["loss"]  # first order: d exp(x) = exp(x) dx
+            made.append(Change(evaluator, metric, *sides, _direction(metric, up), error))
     return made
 
 

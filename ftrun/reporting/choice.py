@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ftrun.reporting import numbers
@@ -11,6 +13,7 @@ from ftrun.reporting.rows import prompt_and_response
 from ftrun.reporting.run import Run
 
 EACH = 10  # rows of a group
+REASONS = 3  # why rows have no score
 KEYS = ("id", "selected", "rank", "source")
 
 
@@ -84,29 +87,40 @@ def _headline(run: Run, picked: np.ndarray) -> Markup:
         )
     words.append(".")
     unscored = run.selection.get("unscored")
-    dropped = unscored.get("rows") if isinstance(unscored, dict) else unscored
-    for count, what in (
-        (dropped, "could not be scored"),
-        (run.selection.get("filtered"), "were left out by the method's filter"),
-    ):
-        if isinstance(count, int) and count:
-            words.append(f" {count:,} {what}.")
+    dropped, reasons = (unscored.get("rows"), _reasons(unscored)) if isinstance(unscored, dict) else (unscored, "")
+    filtered = run.selection.get("filtered")
+    if isinstance(dropped, int) and dropped:
+        words.append(f" {dropped:,} could not be scored{reasons}.")
+    if isinstance(filtered, int) and filtered:
+        was = "was" if filtered == 1 else "were"
+        words.append(f" {filtered:,} {was} left out by the method's filter.")
     return tag("p", *words)
+
+
+def _reasons(unscored: dict[str, Any]) -> str:
+    """Why rows have no score, the most common reasons first."""
+    reasons = unscored.get("reasons")
+    if not isinstance(reasons, dict) or not reasons:
+        return ""
+    counts = {why: found.get("rows", 0) if isinstance(found, dict) else 0 for why, found in reasons.items()}
+    ordered = sorted(counts, key=lambda why: -counts[why])[:REASONS]
+    return ": " + "; ".join(f"{why} ({counts[why]:,})" if len(counts) > 1 else why for why in ordered)
 
 
 def _lengths(run: Run, picked: np.ndarray) -> Markup | None:
     lengths = run.row_lengths
+    column = score_column(run)
     if lengths is None or not np.isfinite(lengths[picked]).any():
         return None
+    if column and np.array_equal(run.scores[column], lengths, equal_nan=True):
+        return None  # the score is the length: its histogram shows this already
     medians = np.nanmedian(lengths), np.nanmedian(lengths[picked])
     caption = f"Tokens of a row: the choice filled (median {medians[1]:.0f}), the whole pool as a line (median {medians[0]:.0f})."
     return _figure(compared(lengths, lengths[picked], "row lengths", "tokens"), [caption])
 
 
 def _other_columns(scores: dict[str, np.ndarray], picked: np.ndarray, column: str | None) -> Markup | None:
-    names = [
-        name for name, values in scores.items() if name not in (column, *KEYS) and values.dtype.kind == "f"
-    ]
+    names = [name for name, values in scores.items() if name not in (column, *KEYS) and values.dtype.kind == "f"]
     plots = []
     for name in names:
         values = scores[name].astype(float)

@@ -127,6 +127,11 @@ def _whisker(side: Measured, px: Callable[[float], float], y: float, look: str) 
 
 def _edges(values: np.ndarray, bins: int, whole: bool = False) -> np.ndarray:
     low, high = robust_range(values)
+    if len(values) >= 20:  # a long tail would squeeze all rows into one bar: Tukey's outer fences
+        quarter, three = (float(value) for value in np.percentile(values, [25, 75]))
+        reach = 3 * (three - quarter)
+        if reach > 0:
+            low, high = max(low, quarter - reach), min(high, three + reach)
     if whole:
         step = max(1, int(np.ceil((high - low + 1) / bins)))
         return np.arange(np.floor(low), np.ceil(high) + step + 0.5, step)

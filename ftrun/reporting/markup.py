@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 VOID = {"meta", "br", "hr", "wbr"}
@@ -47,16 +48,22 @@ def tag(name: str, /, *content: Content, **attributes: str | float | bool | None
     return opening if name in VOID else Markup(f"{opening}{escape(content)}</{name}>")
 
 
-def clipped(text: str, limit: int = 220) -> Markup:
-    """Text that unfolds when it is long."""
+def template_markers(text: str) -> list[Content]:
+    """The text with markers of a chat template, such as ``<|im_start|>``, set small."""
+    parts = re.split(r"(<\|[^\s<>|]+\|>|</?s>)", text)
+    return [tag("span", part, class_="marker") if at % 2 else part for at, part in enumerate(parts)]
+
+
+def clipped(text: str, limit: int = 220, shown: Callable[[str], Content] = str) -> Markup:
+    """Text that unfolds when it is long; ``shown`` sets it."""
     text = text.strip()
     if len(text) <= limit:
-        return tag("div", text, class_="text")
+        return tag("div", shown(text), class_="text")
     cut = text.rfind(" ", limit - 40, limit)
     head = text[: cut if cut > 0 else limit]
     return tag(
         "details",
-        tag("summary", head, tag("span", " … ", class_="more")),
-        tag("div", text, class_="text"),
+        tag("summary", shown(head), tag("span", " … ", class_="more")),
+        tag("div", shown(text), class_="text"),
         class_="clip",
     )

@@ -51,7 +51,7 @@ def preview_terminal(
         console.print(Text(line))
     coloured = console.color_system is not None and not console.no_color
     top = _top(samples)
-    console.print(_legend(top) if coloured else Text("⟦trained⟧  not trained", "dim"))
+    console.print(_legend(top, _shades(samples)) if coloured else Text("⟦trained⟧  not trained", "dim"))
     for row in samples:
         console.print(Text(f"\n{row.head}", "bold"))
         console.print(_coloured(row, top) if coloured else _bracketed(row), soft_wrap=True)
@@ -67,7 +67,7 @@ def preview_html(samples: Sequence[PreviewRow], counts: Mapping[str, Any], title
         blocks.append(tag("div", head, tag("div", *tokens, class_="tokens"), class_="row"))
     lines = [tag("p", line, class_=None if at == 0 else "muted") for at, line in enumerate(_counted(counts))]
     header = tag("header", tag("p", "ftrun preview", class_="kicker"), tag("h1", title), *lines)
-    write_text(Path(path), page(f"{title} · preview", header, legend(top), *blocks))
+    write_text(Path(path), page(f"{title} · preview", header, legend(top, _shades(samples)), *blocks))
     return Path(path)
 
 
@@ -85,7 +85,14 @@ def _top(samples: Sequence[PreviewRow]) -> float:
     return max([1.0, *(weight for row in samples for weight in row.weights)])
 
 
-def _legend(top: float) -> Text:
+def _shades(samples: Sequence[PreviewRow]) -> bool:
+    """Whether there are weights between nothing and the highest."""
+    return len({weight for row in samples for weight in row.weights if weight > 0}) > 1
+
+
+def _legend(top: float, shades: bool) -> Text:
+    if not shades:
+        return Text("  ").join([Text("not trained", STYLES[0]), Text("trained", STYLES[-1])])
     words = ["not trained", *(f"{top * share:g}" for share in (0.2, 0.4, 0.6, 0.8)), f"weight {top:g}"]
     return Text("  ").join([Text(word, style) for word, style in zip(words, STYLES, strict=True)])
 

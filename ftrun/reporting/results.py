@@ -10,7 +10,7 @@ import numpy as np
 from ftrun.reporting import numbers
 from ftrun.reporting.changes import Change, Measured, higher_is_better, number
 from ftrun.reporting.histograms import interval, scatter
-from ftrun.reporting.markup import Markup, clipped, tag
+from ftrun.reporting.markup import Markup, clipped, tag, template_markers
 from ftrun.reporting.run import Run
 
 SHOWN = 8  # predictions of each evaluator
@@ -35,8 +35,8 @@ def key_numbers(run: Run) -> Markup | None:
     head = tag("tr", *(tag("th", words, scope="col") for words in heads))
     table = tag("table", tag("thead", head), tag("tbody", *rows), class_="numbers")
     note = (
-        "± is one standard error. A change below about two of its standard errors, both sides counted as independent, "
-        "is called noise. In the small plots the ring is before, the dot after, the lines reach two standard errors."
+        "± is one standard error. A change below about two of its own standard errors is called noise; "
+        "it is taken over the differences of single rows where both sides list them. In the small plots the ring is before, the dot after, the lines reach two standard errors."
     )
     return Markup(tag("div", table, class_="scroll") + (tag("p", note, class_="note") if compared else ""))
 
@@ -65,10 +65,9 @@ def _value(side: Measured | None) -> Markup:
 def _delta(change: Change) -> Markup:
     if change.delta is None:
         return Markup("")
-    arrow = "▲" if change.delta > 0 else "▼" if change.delta < 0 else "="
-    sign = "+" if change.delta > 0 else "−" if change.delta < 0 else ""
+    sign = ("", "▲ +", "▼ −")[change.direction]
     words = [
-        tag("span", f"{arrow} {sign}{change.amount}", class_="value"),
+        tag("span", f"{sign}{change.amount}", class_="value"),
         tag("span", change.verdict, class_="verdict"),
     ]
     return tag("span", *words, class_=ARROWS[change.verdict] or None)
@@ -162,10 +161,12 @@ def _prediction(row: dict[str, Any], old: dict[str, Any] | None) -> Markup:
     parts = []
     asked, wanted = _first(row, ASKED), _first(row, WANTED)
     if asked is not None:
-        parts.append(tag("div", clipped(_words(asked), 320), class_="asked"))
-    if old is not None:
+        parts.append(tag("div", clipped(_words(asked), 320, template_markers), class_="asked"))
+    said = _first(row, GIVEN)
+    same = old is not None and said is not None and said == _first(old, GIVEN) and _right(old) == _right(row)
+    if old is not None and not same:
         parts.append(_given("before", old))
-    parts.append(_given("after" if old is not None else "answer", row))
+    parts.append(_given("unchanged" if same else "after" if old is not None else "answer", row))
     if wanted is not None:
         parts.append(
             tag(
@@ -175,11 +176,20 @@ def _prediction(row: dict[str, Any], old: dict[str, Any] | None) -> Markup:
                 class_="reply",
             )
         )
-    rest = {key: value for key, value in row.items() if key not in (*ASKED, *WANTED, *GIVEN, *SCORED, "id")}
-    if rest:
-        listed = ", ".join(f"{key.replace('_', ' ')} {_words(value)[:80]}" for key, value in rest.items())
-        parts.append(tag("div", listed, class_="rest"))
+    parts.append(tag("div", _details(row), class_="rest"))
     return tag("article", *parts, class_="card")
+
+
+def _details(row: Mapping[str, Any]) -> str:
+    """How an answer was checked, where it ended, and what else the evaluator says of it."""
+    rest = {key: value for key, value in row.items() if key not in (*ASKED, *WANTED, *GIVEN, *SCORED)}
+    said = [f"row {rest.pop('id')}"] if "id" in rest else []
+    if isinstance(metric := rest.pop("metric", None), str):
+        said.append(f"checked by {metric.replace('_', ' ')}")
+    if {"finished", "tokens"} <= rest.keys():
+        tokens = f"{rest.pop('tokens')} tokens"
+        said.append(tokens if rest.pop("finished") else f"cut off after {tokens}")
+    return " · ".join([*said, *(f"{key.replace('_', ' ')} {_words(value)[:80]}" for key, value in rest.items())])
 
 
 def _given(who: str, row: dict[str, Any]) -> Markup:

@@ -15,6 +15,7 @@ import pyarrow.parquet as parquet
 import yaml
 
 from ftrun.reporting.changes import Change, changes, number
+from ftrun.reporting.paired import paired_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,7 +49,9 @@ class Run:
 
     @cached_property
     def changes(self) -> list[Change]:
-        return changes(self._json("eval/before.json"), self._json("eval/results.json"))
+        before, after = self.predictions(before=True), self.predictions()
+        paired = {name: paired_errors(before[name], rows) for name, rows in after.items() if name in before}
+        return changes(self._json("eval/before.json"), self._json("eval/results.json"), paired)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:

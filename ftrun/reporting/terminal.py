@@ -78,8 +78,7 @@ def _value(side: Measured | None, style: str = "") -> Text:
 def _delta(change: Change) -> str:
     if change.delta is None:
         return ""
-    arrow = "▲ +" if change.delta > 0 else "▼ −" if change.delta < 0 else ""
-    return f"{arrow}{change.amount}"
+    return f"{('', '▲ +', '▼ −')[change.direction]}{change.amount}"
 
 
 def _took(run: Run) -> str:

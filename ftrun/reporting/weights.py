@@ -43,10 +43,11 @@ def is_special(token: str) -> bool:
     return re.fullmatch(r"<[|/]?\w[^\s<>]*>|\[[A-Z]+\d*\]", bare) is not None
 
 
-def legend(top: float = 1.0) -> Markup:
-    """The shades and what they stand for."""
+def legend(top: float = 1.0, shades: bool = True) -> Markup:
+    """The shades and what they stand for; without ``shades`` a token is trained or not."""
     words = ["not trained", *(f"{top * share:g}" for share in (0.2, 0.4, 0.6, 0.8)), f"weight {top:g}"]
-    samples = [tag("span", word, class_=f"t w{index}") for index, word in enumerate(words)]
+    looks = {word: index for index, word in enumerate(words)} if shades else {"not trained": 0, "trained": 5}
+    samples = [tag("span", word, class_=f"t w{look}") for word, look in looks.items()]
     return tag("p", *(Markup(f"{sample} ") for sample in samples), class_="note legend")
 
 
@@ -57,19 +58,23 @@ def weights_section(run: Run) -> Markup | None:
         return None
     weight = columns["weight"].astype(float)
     trained = weight > 0
+    scored = np.isfinite(columns["score"].astype(float)) if "score" in columns else np.zeros(len(weight), bool)
+    asked = int(scored.sum()) if (scored | ~trained).all() and scored.any() else len(weight)
     words = [
-        tag("strong", f"{int(trained.sum()):,} of {len(weight):,} tokens"),
-        f" are trained ({trained.mean():.1%}).",
+        tag("strong", f"{int(trained.sum()):,} of {asked:,} {'scored ' * (asked < len(weight))}tokens"),
+        f" are trained ({trained.sum() / asked:.1%}).",
+        f" With the prompts the rows have {len(weight):,} tokens." if asked < len(weight) else None,
     ]
     parts = [tag("p", *words)]
-    if len(np.unique(weight[:100_000])) > 2:
+    shades = len(np.unique(weight[:100_000])) > 2
+    if shades:
         parts.append(
             _figure(
                 histogram(weight[trained], None, "histogram of loss weights", "loss weight", height=170, unit="tokens"),
                 "Loss weight of every trained token.",
             )
         )
-    if "score" in columns and np.isfinite(columns["score"].astype(float)).any():
+    if scored.any():
         scores = columns["score"].astype(float)
         parts.append(
             _figure(
@@ -82,7 +87,7 @@ def weights_section(run: Run) -> Markup | None:
     shown = run.token_rows(chosen.tolist())
     if "token" in shown:
         top = max(1.0, float(np.percentile(weight[trained], 95))) if trained.any() else 1.0
-        parts += [legend(top), *(_coloured(shown, identity, top, run.tokenizer) for identity in chosen)]
+        parts += [legend(top, shades), *(_coloured(shown, identity, top, run.tokenizer) for identity in chosen)]
     return Markup("".join(parts))
 
 

@@ -199,7 +199,9 @@ def _write(
         _write_rows(beside / "selected.jsonl", pool, pool.ids[ids])
         _write_rows(beside / "examples.jsonl", pool, pool.ids[_examples(table, column, rank)])
         pq.write_table(pa.table(scores), beside / "scores.parquet")
-        pq.write_table(pa.table({"id": number, "tokens": pa.array(table.lengths, pa.int64())}), beside / "lengths.parquet")
+        pq.write_table(
+            pa.table({"id": number, "tokens": pa.array(table.lengths, pa.int64())}), beside / "lengths.parquet"
+        )
         write_json(beside / "summary.json", summary)
     ctx.report.note(
         f"selected {summary['picked']:,} of {summary['pool']:,} rows, {summary['tokens']:,} tokens; "

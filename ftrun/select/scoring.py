@@ -86,23 +86,23 @@ class Scoring:
         """The same engine for another model: a reference, an encoder."""
         return Scoring(load, self.team, self.report, self.batch_tokens, self.shards, self.shard_seconds)
 
-    def token_nll(self, texts: TokenTable) -> np.ndarray:
+    def token_nll(self, texts: TokenTable, title: str = "score") -> np.ndarray:
         """Negative log-likelihood of every token asked for, (tokens,) float32; NaN elsewhere.
 
-        The first token of a sequence has nothing to be predicted from and stays NaN.
+        The first token of a sequence has nothing to be predicted from and stays NaN. ``title`` names the progress bar.
         """
         result = np.full(len(texts.input_ids), np.nan, np.float32)
         texts = replace(texts, sequences_per_row=1)
         asked = np.flatnonzero(texts.trained_counts() > 0)
-        found = self.measure(texts.rows(asked), "nll", _nll_of_batch)
+        found = self.measure(texts.rows(asked), "nll", _nll_of_batch, title)
         for index, nll in zip(asked, found, strict=True):
             first, end = int(texts.offsets[index]), int(texts.offsets[index + 1])
             result[first + 1 : end][np.asarray(texts.loss_weight[first + 1 : end]) > 0] = nll
         return result
 
-    def mean_nll(self, texts: TokenTable) -> np.ndarray:
+    def mean_nll(self, texts: TokenTable, title: str = "score") -> np.ndarray:
         """Mean over the predictable tokens asked for of each sequence, (sequences,); NaN where there is none."""
-        nll = self.token_nll(texts).astype(np.float64)
+        nll = self.token_nll(texts, title).astype(np.float64)
         sequences = len(texts.lengths)
         known = ~np.isnan(nll)
         owner = np.repeat(np.arange(sequences), texts.lengths)[known]
@@ -110,7 +110,7 @@ class Scoring:
         total = np.bincount(owner, weights=nll[known], minlength=sequences)
         return np.divide(total, count, out=np.full(sequences, np.nan), where=count > 0)
 
-    def measure(self, texts: TokenTable, name: str, compute: Measure) -> list[np.ndarray]:
+    def measure(self, texts: TokenTable, name: str, compute: Measure, title: str = "score") -> list[np.ndarray]:
         """What ``compute`` takes from every sequence, flat float32 arrays in the order of ``texts``.
 
         ``name`` tells measures apart: a sequence measured under the same name before is not computed again.
@@ -118,7 +118,7 @@ class Scoring:
         keys = [_content_key(texts, index) for index in range(len(texts.lengths))]
         places = {key: index for index, key in enumerate(keys) if (name, key) not in self._known}
         if places:
-            self._run(texts, name, compute, sorted(places), places)
+            self._run(texts, name, compute, sorted(places), places, title)
         return [self._known[name, key] for key in keys]
 
     def discard(self) -> None:
@@ -128,7 +128,7 @@ class Scoring:
             shutil.rmtree(self.shards, ignore_errors=True)
 
     def _run(
-        self, texts: TokenTable, name: str, compute: Measure, order: list[bytes], places: dict[bytes, int]
+        self, texts: TokenTable, name: str, compute: Measure, order: list[bytes], places: dict[bytes, int], title: str
     ) -> None:
         """Measure the sequences ``order`` (content keys, sorted) on all processes, into ``_known``."""
         lengths = np.asarray(texts.lengths)[[places[key] for key in order]]
@@ -143,7 +143,7 @@ class Scoring:
         written = time.monotonic()
         start = sum(tokens[key] for key in done)
         with (
-            self.report.task(f"score {name}", total, unit="tokens", start=start) as task,
+            self.report.task(title, total, unit="tokens", start=start) as task,
             _inference(self.bundle.model),
         ):
             try:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ftrun.adapters.peft_adapter import settled_warnings
 from ftrun.artifacts import digest, sha256
 from ftrun.errors import ConfigError
 from ftrun.models.load import load_bundle
@@ -68,7 +69,8 @@ def _with_adapter(folder: Path, ctx: Context) -> Bundle:
     weights = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
     if not weights:
         raise ConfigError(f"{folder} holds no weights", str(folder), "Only safetensors are read.")
-    model = PeftModel.from_pretrained(bundle.model, str(folder))  # type: ignore[arg-type]
+    with settled_warnings():
+        model = PeftModel.from_pretrained(bundle.model, str(folder))  # type: ignore[arg-type]
     return replace(bundle, model=model.eval(), path=str(folder), fingerprint=digest([bundle.fingerprint, weights]))
 
 

@@ -54,7 +54,7 @@ class TokenCleaning(TokenPolicy):
             ctx.report.warn(
                 f"tokens.reference={path} is the run's own model: every score is 0, and the first tokens are kept"
             )
-        scores = base.token_nll(table) - reference.token_nll(table)
+        scores = base.token_nll(table, "score with the model") - reference.token_nll(table, "score with the reference")
         samples = table.offsets[np.append(~table.continues, True)]  # pieces of one text are one sample
         kept = highest(scores, self.k, samples if self.level == "sample" else None)
         if not kept.any():

@@ -35,11 +35,13 @@ class Team:
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         if self.world_size != wanted:
-            raise ConfigError(
+            error = ConfigError(
                 f"{wanted} processes were asked for, {self.world_size} came up",
                 f"launch.processes={launch.processes} launch.nodes={launch.nodes}",
                 "Start ftrun without a launcher of your own, or set launch.processes to what it starts on each machine.",
             )
+            error.secondary = self.rank > 0
+            raise error
 
     @property
     def is_main(self) -> bool:
@@ -87,6 +89,11 @@ class Team:
                 bucket, size = [], 0
         if bucket:
             _sum_bucket(bucket)
+
+    def lost_another(self, error: Exception) -> bool:
+        """Whether ``error`` only says that another process is gone."""
+        words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
+        return self.world_size > 1 and isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in words)
 
     def close(self) -> None:
         self.accelerator.end_training()

@@ -27,7 +27,7 @@ from ftrun.artifacts import strict
 from ftrun.context import Context
 from ftrun.data.batches import Batch, Plan, micro_batches
 from ftrun.data.tokens import TokenTable
-from ftrun.errors import ComponentError, DataError
+from ftrun.errors import ComponentError, DataError, Interrupted, Preempted
 from ftrun.models.bundle import Bundle
 from ftrun.models.fast import packs_for_free
 from ftrun.objectives.base import Objective
@@ -80,8 +80,6 @@ class Trainer:
 
         Raises Interrupted or Preempted after saving when somebody asked to stop, ComponentError when the loss is no number.
         """
-        if self.team.is_main:
-            checkpoint.sweep(self.folder / "checkpoints")
         if resume:
             self._restore(resume)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +116,8 @@ class Trainer:
         if not (math.isfinite(facts["loss"]) and math.isfinite(norm)):
             self._not_a_number(step, facts["loss"], norm)
         rate = self._set_rates(step)
-        self.optimizer.step()
+        with memory.memory_guard(f"updating the weights in step {step + 1}", "Train fewer parameters with adapter=lora, or use optim=adamw_8bit."):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.adapter.after_step(step)
         self.progress.step = step + 1
@@ -206,8 +205,13 @@ class Trainer:
     # ---- around the steps ----
 
     def _anyone_asked_to_stop(self, signals: StopSignals) -> bool:
-        asked = torch.tensor([float(signals.asked is not None)], device=self.team.device)
-        return bool(self.team.sum(asked).item() > 0)
+        """Also tells a process that was not asked what the others were asked for."""
+        kinds = (Interrupted, Preempted)
+        asked = torch.tensor([float(signals.asked is kind) for kind in kinds], device=self.team.device)
+        found = [kind for kind, count in zip(kinds, self.team.sum(asked).tolist(), strict=True) if count > 0]
+        if found and signals.asked is None:
+            signals.asked = found[0]
+        return bool(found)
 
     def _save_and_evaluate(self, metrics: TextIO | None, force: bool) -> None:
         step, last = self.progress.step, self.progress.step == self.plan.steps

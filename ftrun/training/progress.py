@@ -66,7 +66,8 @@ class Task:
     @property
     def count(self) -> str:
         of = f"/{self.total:,.0f}" if self.total is not None else ""
-        return f"{self.done:,.0f}{of} {self.unit}".rstrip()
+        unit = self.unit.removesuffix("s") if (self.done if self.total is None else self.total) == 1 else self.unit
+        return f"{self.done:,.0f}{of} {unit}".rstrip()
 
     def phrases(self, left: bool = True) -> str:
         """Time left and fields, separated by dots."""
@@ -246,7 +247,8 @@ class Reporter:
                 self._progress.stop()
                 self._progress = None
         tick = "✓" if "utf" in (self.console.encoding or "") else "*"
-        amount = f"{task.done:,.0f} {task.unit}".rstrip() if finished else f"stopped at {task.count}"
+        unit = task.unit.removesuffix("s") if task.done == 1 else task.unit
+        amount = f"{task.done:,.0f} {unit}".rstrip() if finished else f"stopped at {task.count}"
         if task.total is None and task.done == task.start:
             amount = "" if finished else "stopped"
         rest = f"{amount} in {numbers.duration(task.seconds)}".strip()

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftrun import errors
-from ftrun.errors import ConfigError, FtrunError, nearest
+from ftrun.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from ftrun.config.compose import Composed
@@ -26,6 +25,13 @@ def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool
         from ftrun.reporting.catalogue import print_show
 
         return print_show(composed, list(overrides))
+    from ftrun.training.memory import memory_guard
+
+    with memory_guard(f"ftrun {verb} was at work", "Use a smaller model, model.dtype=bfloat16, or fewer tokens at a time."):
+        return _work(verb, composed, overrides, html)
+
+
+def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -> dict[str, Any] | None:
     if verb == "preview":
         from ftrun.verbs.preview import preview
 
@@ -73,17 +79,6 @@ def _run_processes(verb: str, composed: Composed, overrides: list[str]) -> dict[
     out = settings.resume or settings.out or str(new_run_folder(settings.recipe, settings.as_dict()))
     words = [word for word in overrides if not word.startswith("out=")]
     pinned = words if settings.resume else [*words, f"out='{out}'"]
-    code = launch.spawn(["-m", "ftrun", verb, *pinned], settings.launch)
-    file = Path(out) / "summary.json"
-    summary: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    if code:
-        error = error_class(code)(summary.get("error", {}).get("message", f"a process ended with exit code {code}"))
-        error.reported = True  # by the process that it happened in
-        raise error
+    launch.spawn(["-m", "ftrun", verb, *pinned], settings.launch)
+    summary: dict[str, Any] = json.loads((Path(out) / "summary.json").read_text())
     return summary
-
-
-def error_class(code: int) -> type[FtrunError]:
-    """The error that an exit code stands for."""
-    kinds: list[type[FtrunError]] = [errors.ConfigError, errors.DataError, errors.ResourceError, errors.Interrupted, errors.Preempted]
-    return next((kind for kind in kinds if kind.exit_code == code), errors.ComponentError)

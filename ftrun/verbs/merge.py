@@ -10,6 +10,7 @@ from ftrun.artifacts import whole_folder
 from ftrun.config.compose import Composed
 from ftrun.config.saved import load_settings
 from ftrun.config.settings import Settings
+from ftrun.models.quiet import without_bars
 from ftrun.verbs.trained import load_trained, plain_context
 
 
@@ -30,6 +31,7 @@ def merge_run(run: Path, settings: Settings) -> Path:
     bundle = load_trained(run, settings, ctx, full_precision=True)
     merged: Any = settings.component("adapter").merge(bundle.model)
     with whole_folder(run / "model") as folder:
-        merged.save_pretrained(folder)
+        with without_bars():
+            merged.save_pretrained(folder)
         bundle.tokenizer.save_pretrained(folder)
     return run / "model"

@@ -12,20 +12,17 @@ import torch
 
 from ftrun.chain import Chain, logical_parameters
 from ftrun.config.compose import Composed
-from ftrun.config.values import parse_budget
 from ftrun.config.settings import Settings
+from ftrun.config.values import parse_budget
 from ftrun.data.batches import Plan
 from ftrun.data.pool import load_pool
 from ftrun.models.architecture import Architecture, describe
 from ftrun.models.bundle import Bundle
-from ftrun.models.load import load_tokenizer, meta_model
+from ftrun.models.load import load_tokenizer, meta_model, resolve_dtype
+from ftrun.training import estimate
+from ftrun.training.memory import available_bytes
 from ftrun.training.signals import StopSignals
 from ftrun.verbs.trained import plain_context
-
-# bytes of activations kept for the backward pass, in units of width x dtype bytes, for one token of one layer:
-# inputs of the linears, norms, attention and the gated MLP (measured on Llama-shaped models)
-ACTIVATIONS_PER_LAYER = 16.0
-MLP_ACTIVATIONS = 4.0  # the same for the inner width of the MLP
 
 
 @dataclass
@@ -50,15 +47,15 @@ def plan(composed: Composed) -> dict[str, Any]:
     architecture = describe(model)
     trainable = _trainable(settings, model, architecture, ctx)
     pieces = len(table) / len(prepared.kept)
-    stages = _stages(settings, lengths, pieces, total, trainable, embedding, architecture)
+    stages = _stages(settings, lengths, pieces, total, trainable, embedding, architecture, resolve_dtype(settings.model.dtype, ctx.team.device))
     speed = _matmul_speed(ctx.team.device)
     _print(ctx.report, settings, total, trainable, stages, speed)
     for note in composed.notes:
         ctx.report.note(note)
-    available = _available(ctx.team.device)
+    available = available_bytes(ctx.team.device)
     need = max(stage.memory for stage in stages)
-    if need > available:
-        ctx.report.warn(f"about {need / 2**30:.1f} GiB are needed, {available / 2**30:.1f} GiB are there: lower train.batch_tokens or data.max_length, use quant=nf4 with an adapter, or train.gradient_checkpointing=true")
+    if short := estimate.shortage(need, available):
+        ctx.report.warn(short)
     return {
         "total_parameters": total,
         "trainable_parameters": trainable,
@@ -85,9 +82,10 @@ def _trainable(settings: Settings, model: torch.nn.Module, architecture: Archite
     return sum(p.numel() for p in attached.parameters() if p.requires_grad)
 
 
-def _stages(settings: Settings, lengths: np.ndarray, pieces: float, total: int, trainable: int, embedding: int, architecture: Architecture) -> list[Stage]:
+def _stages(settings: Settings, lengths: np.ndarray, pieces: float, total: int, trainable: int, embedding: int, architecture: Architecture, dtype: torch.dtype) -> list[Stage]:
     body = total - embedding  # looking a token up costs nothing; the head is part of the body unless it is tied
-    weight_bytes = _weight_bytes(settings, total, architecture)
+    tables = architecture.vocabulary * architecture.width * (1 if architecture.tied else 2)
+    weight_bytes = estimate.weight_bytes(settings, total, tables, dtype)
     width, layers = architecture.width, len(architecture.layers)
     stages = []
     picked = lengths
@@ -97,13 +95,10 @@ def _stages(settings: Settings, lengths: np.ndarray, pieces: float, total: int, 
         picked = _picked(lengths, pieces, settings)
     run = Plan.of(len(picked), settings.train.batch_size, settings.train.epochs, settings.train.max_steps, settings.seed)
     step_tokens = float(picked.mean()) * settings.train.batch_size
-    micro = min(float(settings.train.batch_tokens), step_tokens * 1.5) + float(picked.max()) * (picked.max() > settings.train.batch_tokens)
     passes = 6.0 if trainable > 0.5 * total else 4.0  # a frozen weight needs no gradient of its own
-    kept = 1.0 if settings.train.gradient_checkpointing else float(layers)
-    activations = micro * kept * 4 * (ACTIVATIONS_PER_LAYER * width + MLP_ACTIVATIONS * 3 * width)
-    optimizer = trainable * (4 + settings.component("optim").state_bytes())
+    memory = weight_bytes + estimate.training_bytes(settings, picked, trainable, width, layers)
     tokens = step_tokens * run.steps
-    stages.append(Stage("train", tokens, passes * total * tokens * (4 / 3 if settings.train.gradient_checkpointing else 1), weight_bytes + optimizer + activations))
+    stages.append(Stage("train", tokens, passes * total * tokens * (4 / 3 if settings.train.gradient_checkpointing else 1), memory))
     return stages
 
 
@@ -122,15 +117,6 @@ def _picked(lengths: np.ndarray, pieces: float, settings: Settings) -> np.ndarra
     return lengths[: max(1, min(len(lengths), round(rows)))]
 
 
-def _weight_bytes(settings: Settings, total: int, architecture: Architecture) -> float:
-    bits = settings.component("quant").bits()
-    plain = 4 if not torch.cuda.is_available() else 2
-    if bits is None:
-        return float(total * plain)
-    linears = total - architecture.vocabulary * architecture.width * (1 if architecture.tied else 2)
-    return linears * bits / 8 + (total - linears) * plain
-
-
 def _embedding(model: Any) -> int:
     return model.get_input_embeddings().weight.numel()
 
@@ -147,15 +133,6 @@ def _matmul_speed(device: torch.device) -> float:
             torch.cuda.synchronize()
         count += 1
     return 2 * size**3 * count / (time.perf_counter() - started) / 2
-
-
-def _available(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info()[0])
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
-        if line.startswith("MemAvailable"):
-            return float(line.split()[1]) * 1024
-    return float("inf")
 
 
 def _print(report: Any, settings: Settings, total: int, trainable: int, stages: list[Stage], speed: float) -> None:

@@ -133,7 +133,11 @@ def test_pieces_of_a_text_are_one_row(bundle, context, table):
     pieces = TokenTable.from_sequences(cut)
     assert len(pieces) > len(table)
     found = Heldout().evaluate(bundle, context(heldout_tokens=pieces))
-    losses = [loss for sequence in cut for loss in plain_losses(bundle.model, TokenTable.from_sequences([sequence]))[sequence.record]]
+    losses = [
+        loss
+        for sequence in cut
+        for loss in plain_losses(bundle.model, TokenTable.from_sequences([sequence]))[sequence.record]
+    ]
     assert found.metrics["loss"].value == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     whole = Heldout().evaluate(bundle, context(heldout_tokens=table))
     counts = [[(row["id"], row["tokens"]) for row in evaluation.predictions] for evaluation in (found, whole)]

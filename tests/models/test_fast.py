@@ -73,7 +73,7 @@ def loss_and_gradients(model: nn.Module, table: TokenTable, packing: bool) -> tu
     for batch in micro_batches(table, np.arange(len(table)), 4096, packing, 0):
         loss = StepView(model, architecture, batch).token_nll.sum() / 100
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -129,7 +129,7 @@ def test_speed_up_twice_changes_nothing_more(model):
     assert speed_up(model)
     assert speed_up(model) == []
     assert packs_for_free(model, describe(model))
-    assert [type(m).__name__ for m in model.modules() if isinstance(m, FastAttention)][0].endswith("Attention")
+    assert next(type(m).__name__ for m in model.modules() if isinstance(m, FastAttention)).endswith("Attention")
 
 
 def test_another_formula_under_a_known_name_stays_plain():
@@ -148,6 +148,11 @@ def test_another_formula_under_a_known_name_stays_plain():
     model.model.norm = LlamaRMSNorm()
     speed_up(model)
     assert type(model.model.norm) is LlamaRMSNorm
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_stay_plain(dtype, model):
+    assert speed_up(model.to(dtype)) == []
 
 
 def test_saved_and_loaded_as_before(model, tmp_path):

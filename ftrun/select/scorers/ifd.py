@@ -41,8 +41,8 @@ class Ifd(Scorer):
         turns = read_turns(pool, ctx, self.template)
         rooms = [max(0, self.max_length - len(prompt)) for prompt in turns.prompt]
         kept = [response[:room] for response, room in zip(turns.response, rooms, strict=True)]
-        conditional = ctx.scorer.mean_nll(segments(zip(turns.prompt, kept, strict=True)))
-        direct = ctx.scorer.mean_nll(segments(self.direct(turns, rooms)))
+        conditional = ctx.scorer.mean_nll(segments(zip(turns.prompt, kept, strict=True)), "score responses with prompt")
+        direct = ctx.scorer.mean_nll(segments(self.direct(turns, rooms)), "score responses alone")
         conditional[np.array(rooms) == 0] = np.nan  # a full prompt leaves nothing to compare
         direct[np.isnan(conditional)] = np.nan
         self._explain(turns, rooms, conditional, direct, len(pool), ctx)

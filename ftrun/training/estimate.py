@@ -1,0 +1,42 @@
+"""How much memory a training will take, before it takes it: weights, optimiser and activations."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ftrun.config.settings import Settings
+
+# values kept for the backward pass, in units of the model's width, for one token of one layer:
+# inputs of the linears, norms, attention and the gated MLP (measured on Llama-shaped models)
+ACTIVATIONS_PER_LAYER = 16.0
+MLP_ACTIVATIONS = 12.0  # the same for the inner width of the MLP, three times the model's
+
+
+def weight_bytes(settings: Settings, parameters: int, embedding: int, dtype: torch.dtype) -> float:
+    """Bytes of the loaded weights; ``embedding`` weights (of ``parameters``) stay in ``dtype`` when the rest is quantised."""
+    bits = settings.component("quant").bits()
+    if bits is None:
+        return float(parameters * dtype.itemsize)
+    return (parameters - embedding) * bits / 8 + embedding * dtype.itemsize
+
+
+def training_bytes(settings: Settings, lengths: np.ndarray, trainable: int, width: int, layers: int) -> float:
+    """Bytes of gradients, optimiser state and activations. ``lengths``: tokens of every row, (rows,)."""
+    train = settings.train
+    optimizer = trainable * (4 + settings.component("optim").state_bytes())
+    longest = float(lengths.max(initial=1))
+    micro = min(float(train.batch_tokens), float(lengths.mean()) * train.batch_size * 1.5)
+    micro += longest * (longest > train.batch_tokens)  # a row that is longer than a micro-batch comes alone
+    kept = 1.0 if train.gradient_checkpointing else float(layers)
+    return optimizer + micro * kept * 4 * width * (ACTIVATIONS_PER_LAYER + MLP_ACTIVATIONS)
+
+
+def shortage(need: float, available: float) -> str:
+    """What to tell the user when ``need`` bytes are not there; empty when they are."""
+    if need <= available:
+        return ""
+    return (
+        f"about {need / 2**30:.1f} GiB are needed, {available / 2**30:.1f} GiB are free: lower train.batch_tokens or "
+        "data.max_length, use quant=nf4 with an adapter, or train.gradient_checkpointing=true"
+    )
