@@ -386,14 +386,19 @@ class Chain:
         dtype = resolve_dtype(self.settings.model.dtype, self.ctx.team.device)
         tables = config.vocab_size * config.hidden_size * (1 if getattr(config, "tie_word_embeddings", True) else 2)
         need = estimate.weight_bytes(self.settings, parameters_in(self.settings.model), tables, dtype)
-        if short := estimate.shortage(need, memory.available_bytes(self.ctx.team.device)):
+        if short := estimate.shortage(need, self._free_memory()):
             self.report.warn(f"the weights may not fit: {short}")
 
     def _warn_of_large_steps(self, table: TokenTable, architecture: Architecture) -> None:
         lengths = np.asarray(table.lengths).reshape(len(table), -1).sum(axis=1)
         need = estimate.training_bytes(self.settings, lengths, self.counts["trainable"], architecture.width, len(architecture.layers))
-        if short := estimate.shortage(need, memory.available_bytes(self.ctx.team.device)):
+        if short := estimate.shortage(need, self._free_memory()):
             self.report.warn(f"training may not fit: {short}")
+
+    def _free_memory(self) -> float:
+        """Bytes that this process may take: the processes of a machine without GPUs share its memory."""
+        device = self.ctx.team.device
+        return memory.available_bytes(device) / (self.settings.launch.processes if device.type == "cpu" else 1)
 
     def _static_weights(self, table: TokenTable) -> TokenTable:
         policy = self.settings.component("tokens")

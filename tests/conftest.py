@@ -16,7 +16,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = "the quick brown fox jumps over a lazy dog and then answers: yes no 0 1 2 3 4 5 6 7 8 9 system user assistant what is plus".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "answers:", "yes", "no", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "system", "user", "assistant", "what", "is", "plus"]
 
 
 def make_tokenizer(folder: Path) -> None:

@@ -99,7 +99,7 @@ def test_rows_are_refused(rows, where, words, ftrun_train, tmp_path):
 
 def test_missing_file_offers_the_nearest(ftrun_train, rows_file):
     code, said = ftrun_train(f"data.path={rows_file.with_name('row.jsonl')}")
-    assert code == 3 and f'Did you mean "{rows_file}"?' in said
+    assert code == 3 and f'Did you mean "{rows_file.name}"?' in said
 
 
 def test_the_folder_of_a_refused_run_may_be_used_again(ftrun_train, rows_file, tmp_path):

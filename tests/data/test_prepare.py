@@ -328,7 +328,7 @@ def test_a_text_as_long_as_the_limit_stays_whole(ready):
 
 
 def test_long_texts_obey_an_explicit_setting(ready):
-    with pytest.raises(DataError, match="1 of 5 rows are longer than data.max_length=100"):
+    with pytest.raises(DataError, match=r"1 of 5 rows are longer than data\.max_length=100"):
         ready(TEXTS, max_length=100, overlong="error")
     assert ready(TEXTS, max_length=100, overlong="drop").dropped == {TOO_LONG: [3]}
     cut = ready(TEXTS, max_length=100, overlong="truncate")

@@ -37,7 +37,7 @@ def overrides_for(name, rows_for, tiny_dir, tiny_encoder_dir, out) -> list[str]:
     ]
     if settings.choice("select") != "none":
         words.append("budget=0.5")
-    for evaluator, knobs in settings.eval:
+    for evaluator, _knobs in settings.eval:
         if evaluator == "generation":
             words += ["eval.generation.rows=2", "eval.generation.max_new_tokens=4"]
     return words
@@ -85,11 +85,10 @@ def test_recipe_selects(name, rows_file, tiny_dir, tmp_path, capsys):
         assert cli.entry(["select", *words]) == 0, capsys.readouterr().err
         table = pq.read_table(out / "selection/scores.parquet").to_pydict()
         assert table["id"] == list(range(24))
-        assert sum(table["selected"]) == len(rows := [json.loads(line) for line in (out / "selection/selected.jsonl").open()])
+        rows = [json.loads(line) for line in (out / "selection/selected.jsonl").read_text().splitlines()]
+        assert sum(table["selected"]) == len(rows)
         assert 0 < len(rows) <= 5
-        assert {row["id"] for row in rows} == {i for i, chosen in zip(table["id"], table["selected"]) if chosen}
-        assert sorted(rank for rank in table["rank"] if rank is not None) == list(range(len(rows))) or sorted(
-            rank for rank in table["rank"] if rank is not None
-        ) == list(range(1, len(rows) + 1))
+        assert {row["id"] for row in rows} == {i for i, chosen in zip(table["id"], table["selected"], strict=True) if chosen}
+        assert sorted(rank for rank in table["rank"] if rank is not None) == list(range(1, len(rows) + 1))
         picked.append([row["id"] for row in rows])
     assert picked[0] == picked[1]

@@ -182,7 +182,7 @@ def test_resume_refuses_another_recipe(tiny_dir, rows_file, tmp_path):
 def test_resume_refuses_other_settings(tiny_dir, rows_file, tmp_path):
     train(*words("lora", tiny_dir, rows_file, tmp_path / "run"))
     same = [w for w in words("lora", tiny_dir, rows_file, tmp_path) if not w.startswith("out=")]
-    with pytest.raises(CheckpointError, match="adapter.r 4 -> 8"):
+    with pytest.raises(CheckpointError, match=r"adapter\.r 4 -> 8"):
         train(*same, "adapter.r=8", f"resume={tmp_path / 'run'}")
 
 
