@@ -46,6 +46,7 @@ from ftrun.training.signals import StopSignals, error_for
 
 LABELS = "labels.json"  # class names of a classification run
 OUTPUTS = ("selection", "train", "eval", "adapter", "model")  # what a run computes, as against what it says of itself
+SPARE, SPARE_BYTES = ".spare", 1 << 16  # given up at the end, so that a full disk has room for how the run ended
 DEFAULT_LENGTH = 2048  # tokens of a row, where neither the user nor the model's context says less
 # settings that may differ between a run and its continuation: they do not change what is computed
 FREE_ON_RESUME = {"out", "resume", "launch", "stages", "eval", "run", "prompt"}
@@ -163,6 +164,7 @@ class Chain:
             write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.settings.as_dict())))
             write_json(out / "identity.json", self.identity())
             (out / "summary.json").unlink(missing_ok=True)
+            write_text(out / SPARE, " " * SPARE_BYTES)
         self.report.log_to(out / "ftrun.log")
         self.report.stage(f"ftrun {self.settings.recipe or ''}".strip(), str(out))
         for note in self.composed.notes:
@@ -207,6 +209,7 @@ class Chain:
         if error is not None:
             summary["error"] = {"what": str(error).splitlines()[0] if str(error) else type(error).__name__, "message": str(error), "exit_code": getattr(error, "exit_code", 5)}
         if self.ctx.team.is_main and self.ctx.out.exists():
+            (self.ctx.out / SPARE).unlink(missing_ok=True)
             files = {"lock.json": lockfile.describe(self.command, self.settings.seed, self.ctx.facts), "summary.json": summary}
             # what says "done" comes last; what says how a run ended must be tried first, for the disk may be full
             for name in sorted(files, reverse=status != "done"):
