@@ -3,8 +3,8 @@
 Every contender trains the same rows in the same order from the same LoRA weights, in a process of its own, so that its
 peak memory is its own. TRL is no dependency of ftrun: install it beside, and start with
 
-    pip install --target /tmp/trl --no-deps trl==1.16.0
-    PYTHONPATH=/tmp/trl python scripts/bench_train.py
+    pip install --target .trl --no-deps trl==1.16.0
+    PYTHONPATH=.trl python scripts/bench_train.py
 
 The limit of arithmetic is 4 x parameters x tokens (forward, and the gradient of what flows through frozen weights) at
 the speed of a large float32 matrix product on the same threads, measured between the contenders.
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-INSTALL = "pip install --target /tmp/trl --no-deps trl==1.16.0, then PYTHONPATH=/tmp/trl"
+INSTALL = "pip install --target .trl --no-deps trl==1.16.0, then PYTHONPATH=.trl"
 BATCH, RATE, RANK, ALPHA, SEED = 8, 1e-3, 8, 16, 0
 CONTENDERS = {
     "trl_8": "TRL, batch 8 as it comes",
