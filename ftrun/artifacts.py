@@ -63,7 +63,11 @@ def disk_guard(path: Path) -> Iterator[None]:
             yield
     except OSError as error:
         if error.errno in UNWRITABLE:
-            raise ConfigError(f"cannot write {path.name}: {error.strerror}", str(path.parent), "Choose a folder that you may write with out=DIR.") from error
+            raise ConfigError(
+                f"cannot write {path.name}: {error.strerror}",
+                str(path.parent),
+                "Choose a folder that you may write with out=DIR.",
+            ) from error
         raise
 
 
@@ -77,7 +81,11 @@ def full_disk_guard(path: Path) -> Iterator[None]:
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in FULL
         if full or "No space left" in str(error) or "os error 28" in str(error) or "File too large" in str(error):
-            raise ResourceError(f"the disk is full while writing {path.name}", str(path.parent), "Free some space, or write elsewhere with out=DIR.") from error
+            raise ResourceError(
+                f"the disk is full while writing {path.name}",
+                str(path.parent),
+                "Free some space, or write elsewhere with out=DIR.",
+            ) from error
         raise
 
 
@@ -91,7 +99,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
             beside.mkdir(parents=True)
             yield beside
             files = sorted(file for file in beside.rglob("*") if file.is_file())
-            entries = {str(file.relative_to(beside)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
+            entries = {
+                str(file.relative_to(beside)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files
+            }
             write_json(beside / MANIFEST, entries)
             if path.exists():
                 shutil.rmtree(path)
@@ -122,7 +132,9 @@ def is_whole(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"] and sha256(folder / name) == entry["sha256"]
+        (folder / name).is_file()
+        and (folder / name).stat().st_size == entry["bytes"]
+        and sha256(folder / name) == entry["sha256"]
         for name, entry in entries.items()
     )
 
@@ -150,11 +162,19 @@ class RunLock:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._file = (self.folder / ".lock").open("w")
         except OSError as error:
-            raise ConfigError(f"cannot write {self.folder}: {error.strerror}", f"out={self.folder}", "Choose a folder that you may write with out=DIR.") from error
+            raise ConfigError(
+                f"cannot write {self.folder}: {error.strerror}",
+                f"out={self.folder}",
+                "Choose a folder that you may write with out=DIR.",
+            ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"another run is writing to {self.folder}", f"out={self.folder}", "Wait for it, or choose another out=DIR.") from None
+            raise ConfigError(
+                f"another run is writing to {self.folder}",
+                f"out={self.folder}",
+                "Wait for it, or choose another out=DIR.",
+            ) from None
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -31,7 +31,7 @@ from ftrun.models.architecture import Architecture, context_length
 from ftrun.models.bundle import Bundle
 from ftrun.models.checkpointing import checkpoint_activations
 from ftrun.models.fast import speed_up
-from ftrun.models.load import load_bundle, load_config, load_tokenizer, parameters_in, resolve_dtype
+from ftrun.models.load import fingerprint, load_bundle, load_config, load_tokenizer, parameters_in, resolve_dtype
 from ftrun.objectives.base import Objective
 from ftrun.reporting.html import write_report
 from ftrun.reporting.terminal import results_table
@@ -81,7 +81,11 @@ def run_folder(settings: Settings) -> Path:
     if settings.resume:
         folder = Path(settings.resume)
         if not (folder / "config.yaml").exists():
-            raise ConfigError(f"there is no run in {folder}", f"resume={folder}", "Give the folder of a run: the one that holds config.yaml.")
+            raise ConfigError(
+                f"there is no run in {folder}",
+                f"resume={folder}",
+                "Give the folder of a run: the one that holds config.yaml.",
+            )
         return folder
     return Path(settings.out) if settings.out else new_run_folder(settings.recipe, settings.as_dict())
 
@@ -118,13 +122,22 @@ class Chain:
     def run(self) -> dict[str, Any]:
         error: Exception | None = None
         try:
-            with memory.memory_guard("the chain was at work", "Lower train.batch_tokens and select.batch_tokens, or use a smaller model."), full_disk_guard(self.ctx.out / "metrics and log"):
+            with (
+                memory.memory_guard(
+                    "the chain was at work", "Lower train.batch_tokens and select.batch_tokens, or use a smaller model."
+                ),
+                full_disk_guard(self.ctx.out / "metrics and log"),
+            ):
                 self._open()
                 self._stages()
         except Exception as problem:
             error = self._cause(problem)
         self.signals.close()
-        status = "done" if error is None else {130: "interrupted", 143: "preempted"}.get(getattr(error, "exit_code", 5), "failed")
+        status = (
+            "done"
+            if error is None
+            else {130: "interrupted", 143: "preempted"}.get(getattr(error, "exit_code", 5), "failed")
+        )
         try:
             summary = self._close(status, error)
         except FtrunError as problem:
@@ -154,7 +167,9 @@ class Chain:
         if self.settings.resume:
             self._check_resumed(self.identity())
         elif self.ctx.team.is_main and holds_work(out):
-            raise ConfigError(f"{out} already holds a run", f"out={out}", f"Choose another out=DIR, or continue it with resume={out}.")
+            raise ConfigError(
+                f"{out} already holds a run", f"out={out}", f"Choose another out=DIR, or continue it with resume={out}."
+            )
 
     def _open(self) -> None:
         out = self.ctx.out
@@ -180,7 +195,11 @@ class Chain:
         file = self.ctx.out / "identity.json"
         before = json.loads(file.read_text()) if file.exists() else {}
         if before.get("recipe") != identity["recipe"]:
-            raise CheckpointError(f"{self.ctx.out} is a run of recipe={before.get('recipe')}, not of {identity['recipe']}", f"resume={self.ctx.out}", "Resume with the command that started the run.")
+            raise CheckpointError(
+                f"{self.ctx.out} is a run of recipe={before.get('recipe')}, not of {identity['recipe']}",
+                f"resume={self.ctx.out}",
+                "Resume with the command that started the run.",
+            )
         changed = _differences(before, identity)
         if changed:
             raise CheckpointError(
@@ -207,10 +226,17 @@ class Chain:
             "out": str(self.ctx.out),
         }
         if error is not None:
-            summary["error"] = {"what": str(error).splitlines()[0] if str(error) else type(error).__name__, "message": str(error), "exit_code": getattr(error, "exit_code", 5)}
+            summary["error"] = {
+                "what": str(error).splitlines()[0] if str(error) else type(error).__name__,
+                "message": str(error),
+                "exit_code": getattr(error, "exit_code", 5),
+            }
         if self.ctx.team.is_main and self.ctx.out.exists():
             (self.ctx.out / SPARE).unlink(missing_ok=True)
-            files = {"lock.json": lockfile.describe(self.command, self.settings.seed, self.ctx.facts), "summary.json": summary}
+            files = {
+                "lock.json": lockfile.describe(self.command, self.settings.seed, self.ctx.facts),
+                "summary.json": summary,
+            }
             # what says "done" comes last; what says how a run ended must be tried first, for the disk may be full
             for name in sorted(files, reverse=status != "done"):
                 write_json(self.ctx.out / name, files[name])
@@ -248,8 +274,10 @@ class Chain:
         if "select" in stages and selects:
             train_pool = self._select(train_pool)
         elif stages == ["select"] and self.settings.choice("tokens") == "none":
-            raise ConfigError(f"recipe {self.settings.recipe} selects nothing", todo="Add select=superfiltering budget=0.1, or see `ftrun recipes --slot select`.")
-        self.ctx.train_pool = train_pool
+            raise ConfigError(
+                f"recipe {self.settings.recipe} selects nothing",
+                todo="Add select=superfiltering budget=0.1, or see `ftrun recipes --slot select`.",
+            )
         if stages == ["select"] and self.settings.choice("tokens") == "none":
             return
         table = self._tokenise(train_pool)
@@ -263,8 +291,16 @@ class Chain:
 
     def _check_kind(self, pool: Pool) -> None:
         wanted = self.objective.kind
-        if pool.kind != wanted and not (wanted == "sft" and pool.kind == "prompts" and self.settings.stages == ["eval"]):
-            advice = {"sft": "objective=sft", "text": "recipe=cpt (objective=text)", "pairs": "recipe=dpo (objective=dpo)", "labels": "recipe=classify_lora (task=classify)", "prompts": "a format with responses"}
+        if pool.kind != wanted and not (
+            wanted == "sft" and pool.kind == "prompts" and self.settings.stages == ["eval"]
+        ):
+            advice = {
+                "sft": "objective=sft",
+                "text": "recipe=cpt (objective=text)",
+                "pairs": "recipe=dpo (objective=dpo)",
+                "labels": "recipe=classify_lora (task=classify)",
+                "prompts": "a format with responses",
+            }
             raise DataError(
                 f"{self.settings.choice('objective')} trains on {wanted} rows; these are {pool.kind} rows (format {pool.format})",
                 f"data.path={self.settings.data.path}",
@@ -295,8 +331,11 @@ class Chain:
                 "template": settings.model.template,
                 "quant": settings.slots["quant"],
                 "data": [settings.as_dict()["data"], pool.fingerprint, digest(pool.ids.tolist())],
-                "model": [model, _fingerprint(model)],
-                "code": lockfile.code_digest([("select", settings.choice("select")), ("picker", settings.choice("picker"))], ["select", "select/scorers", "select/pickers"]),
+                "model": [model, fingerprint(model)],
+                "code": lockfile.code_digest(
+                    [("select", settings.choice("select")), ("picker", settings.choice("picker"))],
+                    ["select", "select/scorers", "select/pickers"],
+                ),
             }
         )
         files = [folder / name for name in SELECTION_FILES]
@@ -374,9 +413,18 @@ class Chain:
             return
         settings = self.settings
         self._warn_of_large_weights()
-        with self.report.task("loading the model", None), memory.memory_guard("loading the model", "Use quant=nf4, or a smaller model."):
+        with (
+            self.report.task("loading the model", None),
+            memory.memory_guard("loading the model", "Use quant=nf4, or a smaller model."),
+        ):
             labels = len(self.labels) if settings.task == "classify" else None
-            bundle = load_bundle(settings.model, task=settings.task, quant=settings.component("quant"), device=self.ctx.team.device, labels=labels)
+            bundle = load_bundle(
+                settings.model,
+                task=settings.task,
+                quant=settings.component("quant"),
+                device=self.ctx.team.device,
+                labels=labels,
+            )
         if settings.task == "causal":
             apply_template(bundle.tokenizer, settings.model.template)
         self.ctx.bundle = bundle
@@ -394,7 +442,14 @@ class Chain:
 
     def _warn_of_large_steps(self, table: TokenTable, architecture: Architecture) -> None:
         lengths = np.asarray(table.lengths).reshape(len(table), -1).sum(axis=1)
-        need = estimate.training_bytes(self.settings, lengths, self.counts["trainable"], architecture.width, len(architecture.layers))
+        need = estimate.training_bytes(
+            self.settings,
+            lengths,
+            self.counts["trainable"],
+            architecture.width,
+            len(architecture.layers),
+            self.ctx.team.device,
+        )
         if short := estimate.shortage(need, self._free_memory()):
             self.report.warn(f"training may not fit: {short}")
 
@@ -423,9 +478,16 @@ class Chain:
             self.report.warn(f"{torn.name} is damaged or incomplete: passed over")
         if settings.resume and damaged and path is None:
             raise CheckpointError("no checkpoint is whole", str(folder), "Start a new run.")
-        if "eval" in settings.stages and settings.train.eval_before and not (self.ctx.out / "eval" / "before.json").exists():
+        if (
+            "eval" in settings.stages
+            and settings.train.eval_before
+            and not (self.ctx.out / "eval" / "before.json").exists()
+        ):
             self._evaluate("before")
-        self.report.stage("train", f"{settings.choice('objective')} with adapter={settings.choice('adapter')}, quant={settings.choice('quant')}")
+        self.report.stage(
+            "train",
+            f"{settings.choice('objective')} with adapter={settings.choice('adapter')}, quant={settings.choice('quant')}",
+        )
         adapter: Adapter = settings.component("adapter")
         original = self._copy_for_reference(adapter, bundle.model)
         torch.manual_seed(settings.seed)
@@ -437,7 +499,11 @@ class Chain:
             checkpoint_activations(bundle.model)
         named = [(name, p) for name, p in bundle.model.named_parameters() if p.requires_grad]
         if not named:
-            raise ConfigError("nothing would be trained: no parameter is trainable", f"adapter={settings.choice('adapter')}", "Choose an adapter, or quant=none for full fine-tuning.")
+            raise ConfigError(
+                "nothing would be trained: no parameter is trainable",
+                f"adapter={settings.choice('adapter')}",
+                "Choose an adapter, or quant=none for full fine-tuning.",
+            )
         self.ctx.team.broadcast_([p for _, p in named])
         optimizer = settings.component("optim").build(named)
         adapter.bind(optimizer)
@@ -453,13 +519,16 @@ class Chain:
             optimizer=optimizer,
             schedule=settings.component("schedule"),
             parameters=dict(named),
-            evaluate=self._heldout_loss if self.ctx.heldout_tokens is not None and len(self.ctx.heldout_tokens) else None,
+            evaluate=self._heldout_loss
+            if self.ctx.heldout_tokens is not None and len(self.ctx.heldout_tokens)
+            else None,
             reference=self._reference(adapter, original),
-            identity=digest(self.identity()),
         )
         self._warn_of_large_steps(table, bundle.architecture)
         share = self.counts["trainable"] / max(1, self.counts["total"])
-        self.report.note(f"{self.counts['trainable']:,} parameters train, {share:.2%} of the model's {self.counts['total']:,}; {_counted(table)}, {self.trainer.plan.steps:,} steps")
+        self.report.note(
+            f"{self.counts['trainable']:,} parameters train, {share:.2%} of the model's {self.counts['total']:,}; {_counted(table)}, {self.trainer.plan.steps:,} steps"
+        )
         if path:
             self.report.note(f"resuming from {path.name}")
         if settings.train.trackers:
@@ -499,7 +568,7 @@ class Chain:
             if self.settings.train.merge and folder.name == "adapter":
                 from ftrun.verbs.merge import merge_run
 
-                self.report.note(f"merged into {merge_run(self.ctx.out, self.settings)}")
+                self.report.note(f"merged into {merge_run(self.ctx.out, self.settings, self.ctx.team.device)}")
         self.ctx.team.barrier()
 
     # ---- evaluate ----
@@ -542,12 +611,6 @@ def logical_parameters(model: nn.Module) -> int:
         shape = getattr(getattr(parameter, "quant_state", None), "shape", None) if packed else None
         total += int(np.prod(shape)) if shape is not None else parameter.numel()
     return total
-
-
-def _fingerprint(model: ModelConfig) -> str:
-    from ftrun.models.load import fingerprint
-
-    return fingerprint(model)
 
 
 def _counted(table: TokenTable) -> str:

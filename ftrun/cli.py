@@ -34,7 +34,21 @@ Any key can be set: optim.learning_rate=1e-4 adapter.r=16 train.max_steps=50. A 
 HYDRA_VERBS = ("train", "select", "eval", "preview", "plan", "generate", "merge", "show")
 PLAIN_VERBS = ("recipes", "doctor")
 OWN_FLAGS = ("--json", "--html")
-FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info", "-i", "--experimental-rerun")
+FLAGS_WITH_VALUE = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+    "--info",
+    "-i",
+    "--experimental-rerun",
+)
 
 
 @dataclass
@@ -100,7 +114,9 @@ def say(error: FtrunError) -> int:
 def unexpected(error: Exception) -> FtrunError:
     """A failure that nobody foresaw, as the one line that it gets without FTRUN_DEBUG."""
     text = " ".join(str(error).split())[:500]
-    made = ComponentError(f"a component failed: {type(error).__name__}: {text}", todo="Set FTRUN_DEBUG=1 for the traceback.")
+    made = ComponentError(
+        f"a component failed: {type(error).__name__}: {text}", todo="Set FTRUN_DEBUG=1 for the traceback."
+    )
     made.__cause__ = error
     return made
 
@@ -108,18 +124,31 @@ def unexpected(error: Exception) -> FtrunError:
 def parse(argv: Sequence[str]) -> CommandLine:
     """Split argv into verb, overrides and flags, in whatever order they came. Raises ConfigError for an unknown verb."""
     words = list(argv)
-    at = next((i for i, word in enumerate(words) if not word.startswith("-") and (i == 0 or words[i - 1] not in (*FLAGS_WITH_VALUE, "--recipes"))), None)
+    at = next(
+        (
+            i
+            for i, word in enumerate(words)
+            if not word.startswith("-") and (i == 0 or words[i - 1] not in (*FLAGS_WITH_VALUE, "--recipes"))
+        ),
+        None,
+    )
     if at is None:
         raise ConfigError("no verb given", " ".join(words), "See `ftrun --help`.")
     line = CommandLine(words.pop(at))
     if line.verb not in (*HYDRA_VERBS, *PLAIN_VERBS):
-        raise ConfigError(f'there is no verb "{line.verb}"', f"ftrun {' '.join(argv)}", nearest(line.verb, (*HYDRA_VERBS, *PLAIN_VERBS)))
+        raise ConfigError(
+            f'there is no verb "{line.verb}"',
+            f"ftrun {' '.join(argv)}",
+            nearest(line.verb, (*HYDRA_VERBS, *PLAIN_VERBS)),
+        )
     while words:
         word = words.pop(0)
         if word == "--recipes":
             if not words:
                 raise ConfigError("--recipes takes a folder")
-            os.environ["FTRUN_RECIPES"] = os.pathsep.join(filter(None, [os.environ.get("FTRUN_RECIPES", ""), words.pop(0)]))
+            os.environ["FTRUN_RECIPES"] = os.pathsep.join(
+                filter(None, [os.environ.get("FTRUN_RECIPES", ""), words.pop(0)])
+            )
         elif word in OWN_FLAGS:
             setattr(line, word.removeprefix("--"), True)
         elif word.startswith("-"):
@@ -133,7 +162,18 @@ def parse(argv: Sequence[str]) -> CommandLine:
     return line
 
 
-TEXT_KEYS = ("prompt", "out", "run", "resume", "model.path", "model.template", "data.path", "data.heldout_path", "data.system", "select.model.path")
+TEXT_KEYS = (
+    "prompt",
+    "out",
+    "run",
+    "resume",
+    "model.path",
+    "model.template",
+    "data.path",
+    "data.heldout_path",
+    "data.system",
+    "select.model.path",
+)
 RENAMED = {"select.scorer": "select", "select.picker": "picker", "select/picker": "picker"}
 
 
@@ -162,7 +202,9 @@ def dispatch(line: CommandLine) -> int:
         print(HELP, end="")
         return 0
     if line.rest:
-        raise ConfigError(f'"{line.rest[0]}" is not of the form key=value', f"ftrun {line.verb} {line.rest[0]}", "See `ftrun --help`.")
+        raise ConfigError(
+            f'"{line.rest[0]}" is not of the form key=value', f"ftrun {line.verb} {line.rest[0]}", "See `ftrun --help`."
+        )
     from ftrun.config import compose
 
     if line.sweep:

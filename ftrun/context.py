@@ -27,7 +27,6 @@ class Context:
     bundle: Bundle | None = None  # the run's model; a stage that needs it loads it through chain.py
     heldout: Pool | None = None  # rows kept for evaluation
     heldout_tokens: TokenTable | None = None
-    train_pool: Pool | None = None
     train_tokens: TokenTable | None = None
     scoring: Scoring | None = None  # scores texts with the selection's model; set by the select stage
     facts: dict[str, Any] = field(default_factory=dict)  # what ends in lock.json and the report
@@ -37,17 +36,18 @@ class Context:
 
         Raises ComponentError outside a training run.
         """
-        from ftrun.data.batches import Plan, micro_batches
+        from ftrun.data.batches import Plan, micro_batches, token_budget
         from ftrun.errors import ComponentError
 
         if self.train_tokens is None or self.bundle is None:
             raise ComponentError("this method looks at training rows before it starts, and there are none here")
         train = self.settings.train
         plan = Plan.of(len(self.train_tokens), train.batch_size, train.epochs, train.max_steps, self.seed)
+        budget = token_budget(train.batch_tokens, self.bundle.device)
         found: list[Batch] = []
         step = 0
         while len(found) < batches and step < plan.steps:
-            found += micro_batches(self.train_tokens, plan.step(step), train.batch_tokens, False, self.bundle.pad_id)
+            found += micro_batches(self.train_tokens, plan.step(step), budget, False, self.bundle.pad_id)
             step += 1
         return [batch.to(self.bundle.device) for batch in found[:batches]]
 
@@ -67,4 +67,6 @@ class Context:
 
 def cache_dir() -> Path:
     """Where converted models, tokenised data and stage outputs are kept between runs."""
-    return Path(os.environ.get("FTRUN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ftrun")
+    return Path(
+        os.environ.get("FTRUN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ftrun"
+    )

@@ -13,7 +13,20 @@ from typing import Any
 from ftrun import registry
 from ftrun.artifacts import digest
 
-PACKAGES = ("ftrun", "torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "bitsandbytes", "hydra-core", "omegaconf", "numpy", "safetensors")
+PACKAGES = (
+    "ftrun",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+    "safetensors",
+)
 
 
 def describe(command: Sequence[str], seed: int, facts: dict[str, Any]) -> dict[str, Any]:

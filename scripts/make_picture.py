@@ -1,6 +1,6 @@
 """A picture of the terminal, made by the program: runs a command in a terminal of its own and draws what is left on the screen.
 
-    python scripts/make_picture.py docs/terminal.svg ftrun train recipe=lora_sft ...
+python scripts/make_picture.py docs/terminal.svg ftrun train recipe=lora_sft ...
 """
 
 from __future__ import annotations

@@ -16,7 +16,38 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "answers:", "yes", "no", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "system", "user", "assistant", "what", "is", "plus"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "then",
+    "answers:",
+    "yes",
+    "no",
+    "0",
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "6",
+    "7",
+    "8",
+    "9",
+    "system",
+    "user",
+    "assistant",
+    "what",
+    "is",
+    "plus",
+]
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -28,9 +59,16 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
-    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>", unk_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>", unk_token="<|endoftext|>"
+    )
     fast.chat_template = CHATML
     fast.save_pretrained(folder)
 
@@ -65,7 +103,11 @@ def tiny_dir(tmp_path_factory) -> Path:
 def rows() -> list[dict[str, str]]:
     """Twenty-four alpaca rows of different length, each different."""
     return [
-        {"instruction": f"what is {i} plus {i % 5}", "input": "the dog" if i % 3 == 0 else "", "output": ("answers: " + "yes no " * (1 + i % 6) + str(i))}
+        {
+            "instruction": f"what is {i} plus {i % 5}",
+            "input": "the dog" if i % 3 == 0 else "",
+            "output": ("answers: " + "yes no " * (1 + i % 6) + str(i)),
+        }
         for i in range(24)
     ]
 
@@ -97,18 +139,27 @@ def write_rows(file: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture
 def pairs_file(tmp_path) -> Path:
-    rows = [{"prompt": f"what is {i} plus 1", "chosen": f"answers: {i + 1}", "rejected": "the lazy dog " * (1 + i % 3)} for i in range(16)]
+    rows = [
+        {"prompt": f"what is {i} plus 1", "chosen": f"answers: {i + 1}", "rejected": "the lazy dog " * (1 + i % 3)}
+        for i in range(16)
+    ]
     return write_rows(tmp_path / "pairs.jsonl", rows)
 
 
 @pytest.fixture
 def text_file(tmp_path) -> Path:
-    return write_rows(tmp_path / "text.jsonl", [{"text": f"the quick brown fox {i} jumps over " + "a dog and " * (i % 5)} for i in range(16)])
+    return write_rows(
+        tmp_path / "text.jsonl",
+        [{"text": f"the quick brown fox {i} jumps over " + "a dog and " * (i % 5)} for i in range(16)],
+    )
 
 
 @pytest.fixture
 def labels_file(tmp_path) -> Path:
-    rows = [{"text": f"the dog answers {'yes' if i % 2 else 'no'} {i}", "label": "good" if i % 2 else "bad"} for i in range(24)]
+    rows = [
+        {"text": f"the dog answers {'yes' if i % 2 else 'no'} {i}", "label": "good" if i % 2 else "bad"}
+        for i in range(24)
+    ]
     return write_rows(tmp_path / "labels.jsonl", rows)
 
 
@@ -120,18 +171,31 @@ def tiny_encoder_dir(tmp_path_factory) -> Path:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny-bert")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "answers", *dict.fromkeys(WORDS)])}
+    vocabulary = {
+        word: i
+        for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "answers", *dict.fromkeys(WORDS)])
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=128
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=128,
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=128
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
     )
     BertModel(config).save_pretrained(folder)
     return folder

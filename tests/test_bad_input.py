@@ -78,13 +78,29 @@ def write(file: Path, *rows: dict | str) -> Path:
         ([GOOD, "[1, 2]"], ":2", "is a list, not an object"),
         ([GOOD, {"instruction": "hello"}], ":2", "row 1 of ROWS has no output"),
         ([GOOD, {"instruction": "hello", "output": "  "}], ":2", "has an empty output"),
-        ([GOOD, {"messages": [{"role": "user", "content": "a"}]}], ":2", "is messages, but the rows before it are alpaca"),
+        (
+            [GOOD, {"messages": [{"role": "user", "content": "a"}]}],
+            ":2",
+            "is messages, but the rows before it are alpaca",
+        ),
         ([{"messages": [{"role": "user", "content": "a"}]}], ":1", "there is no response to train on"),
         ([GOOD, {"instruction": "a", "output": "the dog " * 400}], ":2", "longer than data.max_length=128"),
         ([{"instruction": "the dog " * 400, "output": "yes"}], ":1", "the response starts after that"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "", "Use recipe=dpo"),
     ],
-    ids=["empty", "blank", "broken", "list", "no-response", "empty-response", "mixed", "no-answer", "overlong", "no-room", "pairs"],
+    ids=[
+        "empty",
+        "blank",
+        "broken",
+        "list",
+        "no-response",
+        "empty-response",
+        "mixed",
+        "no-answer",
+        "overlong",
+        "no-room",
+        "pairs",
+    ],
 )
 def test_rows_are_refused(rows, where, words, ftrun_train, tmp_path):
     """Exit code 3, the place in the file, and a folder that holds no more than the record of the refusal."""
@@ -125,6 +141,17 @@ def test_changed_rows_are_not_resumed(ftrun_train, rows_file, tmp_path):
     assert code == 3 and "the data is not what the run was started with" in said
 
 
+@pytest.mark.parametrize("objective", ["dpo", "classify"])
+def test_packing_is_refused_where_rows_must_stay_apart(
+    ftrun_train, pairs_file, labels_file, tiny_encoder_dir, objective
+):
+    """Packed, the chosen text of a pair would be compared with the rejected text of another."""
+    recipe, rows = {"dpo": ("dpo", pairs_file), "classify": ("classify_lora", labels_file)}[objective]
+    model = [] if objective == "dpo" else [f"model.path={tiny_encoder_dir}"]
+    code, said = ftrun_train(f"data.path={rows}", "train.packing=true", *model, recipe=recipe)
+    assert code == 2 and f"objective={objective} needs every row apart" in said
+
+
 # ---- model and tokenizer ----
 
 
@@ -143,7 +170,9 @@ def test_no_chat_template(changed_model, ftrun_train):
 def test_all_tokens_masked(ftrun_train, tmp_path):
     """A template that leaves the responses out."""
     template = tmp_path / "silent.jinja"
-    template.write_text("{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}")
+    template.write_text(
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
     code, said = ftrun_train(f"model.template={template}")
     assert code == 3 and "nothing to train on" in said and "rows.jsonl:1" in said
 
@@ -187,7 +216,9 @@ def test_hub_out_of_reach(words, code, ftrun_train, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     got, said = ftrun_train(*words)
-    assert got == code and words[0].partition("=")[2] in said and ("cannot be reached" in said or "out of reach" in said)
+    assert (
+        got == code and words[0].partition("=")[2] in said and ("cannot be reached" in said or "out of reach" in said)
+    )
 
 
 # ---- memory ----
@@ -342,7 +373,9 @@ def test_first_ctrl_c_finishes_the_step_and_the_run_goes_on_later(line, tmp_path
     assert record["status"] == "done" and record["steps"] == 3 and "error" not in record
 
 
-@pytest.mark.parametrize(("number", "code", "status"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "preempted")])
+@pytest.mark.parametrize(
+    ("number", "code", "status"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "preempted")]
+)
 @pytest.mark.parametrize("stage", ["reading", "scoring"])
 @pytest.mark.slow
 def test_stopped_outside_training(stage, number, code, status, line, tmp_path):
@@ -451,7 +484,9 @@ def test_unforeseen_failure_in_a_sweep(line, tmp_path, monkeypatch, capsys):
 
     plain = chain.load_pool
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chain, "load_pool", lambda data, folder, seed: plain(data, folder, seed if seed == 0 else 1 / 0))
+    monkeypatch.setattr(
+        chain, "load_pool", lambda data, folder, seed: plain(data, folder, seed if seed == 0 else 1 / 0)
+    )
     words = [word for word in line if not word.startswith("out=")]
     assert cli.entry(["train", "-m", *words, "seed=0,1"]) == 5
     assert "ZeroDivisionError" in message(capsys.readouterr().err)
@@ -477,7 +512,11 @@ def test_more_processes_than_asked_for(ftrun_train, monkeypatch):
 @pytest.mark.parametrize(
     ("program", "code", "words"),
     [
-        ("raise errors.DataError('row 3 is empty', 'rows.jsonl:4', 'Remove it.')", 3, "row 3 is empty\n  rows.jsonl:4\n  Remove it."),
+        (
+            "raise errors.DataError('row 3 is empty', 'rows.jsonl:4', 'Remove it.')",
+            3,
+            "row 3 is empty\n  rows.jsonl:4\n  Remove it.",
+        ),
         ("time.sleep(60) if rank == 0 else os.kill(os.getpid(), 9)", 4, "process 1 of this run was killed (SIGKILL)"),
         ("time.sleep(60) if rank == 0 else os.kill(os.getpid(), 11)", 5, "process 1 of this run crashed (SIGSEGV)"),
         ("raise (errors.DataError('the cause') if rank else lost())", 3, "the cause"),
@@ -516,7 +555,9 @@ def test_two_processes_say_it_once(line, tmp_path):
     """Both processes meet the broken line; one message, code 3, and a record."""
     file = write(tmp_path / "bad.jsonl", GOOD, "{broken")
     words = [f"data.path={file}" if word.startswith("data.path=") else word for word in line]
-    done = subprocess.run([sys.executable, "-m", "ftrun", "train", *words, "launch.processes=2"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ftrun", "train", *words, "launch.processes=2"], capture_output=True, text=True
+    )
     assert done.returncode == 3 and "line 2 of" in message(done.stderr)
     assert summary(tmp_path / "run")["status"] == "failed"
 
@@ -525,7 +566,8 @@ def test_two_processes_say_it_once(line, tmp_path):
 def test_workers_do_not_outlive_their_launcher(line, tmp_path):
     """SIGKILL to the launcher: the workers finish their step, save, and leave."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "ftrun", "train", *line, "launch.processes=2", "train.max_steps=100000"], stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "ftrun", "train", *line, "launch.processes=2", "train.max_steps=100000"],
+        stderr=subprocess.DEVNULL,
     )
     metrics = tmp_path / "run/train/metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:

@@ -16,7 +16,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "ftrun", *words], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["recipes"], ["show", "recipe=lisa"], ["train", "recipe=lora_sft", "adapter.rr=4"], ["trian"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["recipes"], ["show", "recipe=lisa"], ["train", "recipe=lora_sft", "adapter.rr=4"], ["trian"]]
+)
 def test_light_commands_leave_torch_alone(words):
     """Help, listings and mistakes must not wait for torch."""
     program = f"import sys; from ftrun import cli; cli.entry({words!r}); assert not {{'torch', 'transformers', 'peft', 'datasets'}} & sys.modules.keys()"
@@ -91,7 +93,17 @@ QUICK = ["data.heldout=0.2", "data.max_length=128", "train.max_steps=2", "train.
 def test_sweep_runs_every_job(tiny_dir, rows_file, tmp_path, monkeypatch, capsys):
     """-m crosses the values, swaps slots inside the sweep, and every job has a run folder of its own."""
     monkeypatch.chdir(tmp_path)
-    words = ["train", "-m", "recipe=lora_sft", "adapter=lora,lisa", "seed=0,1", f"model.path={tiny_dir}", f"data.path={rows_file}", "eval=[]", *QUICK]
+    words = [
+        "train",
+        "-m",
+        "recipe=lora_sft",
+        "adapter=lora,lisa",
+        "seed=0,1",
+        f"model.path={tiny_dir}",
+        f"data.path={rows_file}",
+        "eval=[]",
+        *QUICK,
+    ]
     assert cli.entry(words) == 0, capsys.readouterr().err
     summaries = [json.loads(file.read_text()) for file in (tmp_path / "runs/lora_sft").glob("*/summary.json")]
     assert len(summaries) == 4 and all(summary["status"] == "done" for summary in summaries)
@@ -106,7 +118,16 @@ def test_sweep_is_checked_before_it_starts(tiny_dir, rows_file, tmp_path, monkey
 
 
 def test_json_is_the_last_line(tiny_dir, rows_file, tmp_path):
-    done = run("train", "recipe=lora_sft", f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={tmp_path / 'run'}", "eval=[]", "--json", *QUICK)
+    done = run(
+        "train",
+        "recipe=lora_sft",
+        f"model.path={tiny_dir}",
+        f"data.path={rows_file}",
+        f"out={tmp_path / 'run'}",
+        "eval=[]",
+        "--json",
+        *QUICK,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1]) == json.loads((tmp_path / "run/summary.json").read_text())
 
@@ -116,4 +137,3 @@ def test_hydra_shows_the_composed_config(capfd, monkeypatch, tmp_path):
     assert cli.entry(["train", "recipe=qlora_sft", "adapter.r=3", "--cfg", "job"]) == 0
     printed = capfd.readouterr().out
     assert "r: 3" in printed and "double_quant: true" in printed
-

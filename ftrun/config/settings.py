@@ -55,8 +55,12 @@ class TrainConfig:
     max_steps: int | None = None  # optimiser steps; null: epochs decide
     epochs: float = 1.0  # passes over the training rows
     batch_size: int = 8  # rows per optimiser step, over all processes
-    batch_tokens: int = 4096  # upper bound of the tokens in one micro-batch, padding included
-    packing: bool | None = None  # join rows into full sequences, each attending only to itself; null: where that costs nothing
+    batch_tokens: int | None = (
+        None  # upper bound of the tokens in one micro-batch, padding included; null: 1024 on a CPU, 4096 on a GPU
+    )
+    packing: bool | None = (
+        None  # join rows into full sequences, each attending only to itself; null: where that costs nothing
+    )
     max_grad_norm: float | None = 1.0  # clip the gradient norm; null: no clipping
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     log_steps: int = 1  # steps between two lines of metrics.jsonl
@@ -85,7 +89,9 @@ class SelectConfig:
     """The part of the select section that every scorer shares."""
 
     model_path: str | None = None  # score with this model instead of the run's own
-    batch_tokens: int = 4096  # upper bound of the tokens in one scoring batch
+    batch_tokens: int | None = (
+        None  # upper bound of the tokens in one scoring batch; null: 1024 on a CPU, 4096 on a GPU
+    )
     unscored: Literal["drop", "keep"] = "drop"  # rows that a scorer cannot score: never picked, or picked last
 
 

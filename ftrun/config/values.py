@@ -43,6 +43,12 @@ def check_values(settings: Settings) -> None:
     if train.load_best and not (train.save_steps and train.eval_steps):
         todo = "Set both, to the same number."
         raise ConfigError("train.load_best needs train.save_steps and train.eval_steps", "train.load_best=true", todo)
+    if train.load_best and train.save_steps and train.eval_steps and train.eval_steps % train.save_steps:
+        raise ConfigError(
+            "train.load_best needs a checkpoint at every evaluation",
+            f"train.eval_steps={train.eval_steps} train.save_steps={train.save_steps}",
+            "Make train.eval_steps a multiple of train.save_steps.",
+        )
     if not 0 <= settings.launch.node_rank < settings.launch.nodes:
         rank = settings.launch.node_rank
         raise ConfigError(

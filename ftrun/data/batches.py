@@ -6,6 +6,8 @@ computed; since the loss is normalised over the whole step, the cut changes noth
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,6 +115,11 @@ def collate(table: TokenTable, rows: list[list[int]], pad_id: int) -> Batch:
     )
 
 
+def token_budget(asked: int | None, device: torch.device) -> int:
+    """Tokens of a batch: what was asked for, else what keeps this kind of device busy and leaves its caches room."""
+    return asked or (1024 if device.type == "cpu" else 4096)
+
+
 def length_sorted(lengths: np.ndarray, batch_tokens: int, group: int = 1) -> list[list[int]]:
     """Positions cut into micro-batches of at most ``batch_tokens`` padded tokens, longest first.
 
@@ -132,8 +139,6 @@ def length_sorted(lengths: np.ndarray, batch_tokens: int, group: int = 1) -> lis
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Positions packed into bins of at most ``capacity`` tokens: the longest first, each into the fullest bin it fits."""
-    import bisect
-
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for index in np.argsort(-np.asarray(lengths), kind="stable"):
@@ -150,6 +155,16 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return bins
 
 
+def cut_batches(lengths: np.ndarray, batch_tokens: int, packed: bool, group: int = 1) -> list[list[list[int]]]:
+    """Batches of rows of positions, largest first: all of a batch packed into one row, or one position a row.
+
+    ``group`` neighbouring positions (a pair) stay together where rows are apart; packing knows no groups.
+    """
+    if packed:
+        return [[row] for row in best_fit_decreasing(lengths, max(batch_tokens, int(lengths.max(initial=0))))]
+    return [[[position] for position in batch] for batch in length_sorted(lengths, batch_tokens, group)]
+
+
 @dataclass
 class Plan:
     """Which rows every optimiser step trains: a pure function of seed, sizes and step, so resuming needs only the step."""
@@ -161,7 +176,7 @@ class Plan:
 
     @classmethod
     def of(cls, rows: int, batch_size: int, epochs: float, max_steps: int | None, seed: int) -> Plan:
-        steps = max_steps or max(1, round(rows * epochs / batch_size + 0.499999))
+        steps = max_steps or max(1, math.ceil(rows * epochs / batch_size - 1e-9))  # 30 * 0.1 is 3.0000000000000004
         return cls(rows, batch_size, steps, seed)
 
     def step(self, number: int) -> np.ndarray:
@@ -184,9 +199,5 @@ def micro_batches(
     per = table.sequences_per_row
     sequences = (np.asarray(rows)[:, None] * per + np.arange(per)).reshape(-1)
     lengths = np.asarray(table.lengths)[sequences]
-    if packing:
-        for group in best_fit_decreasing(lengths, max(batch_tokens, int(lengths.max()))):
-            yield collate(table, [[int(sequences[i]) for i in group]], pad_id)
-        return
-    for group in length_sorted(lengths, batch_tokens, per):
-        yield collate(table, [[int(sequences[i])] for i in group], pad_id)
+    for batch in cut_batches(lengths, batch_tokens, packing, per):
+        yield collate(table, [[int(sequences[i]) for i in row] for row in batch], pad_id)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ftrun.data.batches import collate, length_sorted
+from ftrun.data.batches import collate, length_sorted, token_budget
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation.base import Evaluation, Evaluator, Metric
@@ -28,7 +28,9 @@ class Classification(Evaluator):
     labels or the answers, each class counting alike; ``loss`` the mean cross-entropy of a row.
     """
 
-    batch_tokens: int = 4096  # upper bound of the tokens in one batch, padding included
+    batch_tokens: int | None = (
+        None  # upper bound of the tokens in one batch, padding included; null: 1024 on a CPU, 4096 on a GPU
+    )
 
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
         table = ctx.heldout_tokens
@@ -68,7 +70,8 @@ class Classification(Evaluator):
     @torch.no_grad()
     def _logits(self, bundle: Bundle, table: TokenTable, ctx: Context) -> np.ndarray:
         """Logits of every row, (rows, classes), on all processes alike."""
-        mine = length_sorted(np.asarray(table.lengths), self.batch_tokens)[ctx.team.rank :: ctx.team.world_size]
+        batches = length_sorted(np.asarray(table.lengths), token_budget(self.batch_tokens, bundle.device))
+        mine = batches[ctx.team.rank :: ctx.team.world_size]
         found: dict[int, np.ndarray] = {}
         with ctx.report.task("classify", sum(map(len, mine)), unit="rows") as task:
             for rows in mine:

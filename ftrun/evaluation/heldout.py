@@ -28,7 +28,9 @@ class Heldout(Evaluator):
     Tokens of one row are not independent, so the standard errors take rows as clusters (ratio estimator).
     """
 
-    batch_tokens: int = 4096  # upper bound of the tokens in one batch, padding included
+    batch_tokens: int | None = (
+        None  # upper bound of the tokens in one batch, padding included; null: 1024 on a CPU, 4096 on a GPU
+    )
 
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
         table = ctx.heldout_tokens

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftrun.data.batches import Batch, collate, length_sorted
+from ftrun.data.batches import Batch, collate, cut_batches, token_budget
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import DataError
+from ftrun.models.fast import packs_for_free
 from ftrun.models.head import LOGITS_BYTES
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Likelihood:
     correct: np.ndarray  # how many of them are the model's most likely token
 
 
-def likelihood(bundle: Bundle, table: TokenTable, ctx: Context, batch_tokens: int, name: str) -> Likelihood:
+def likelihood(bundle: Bundle, table: TokenTable, ctx: Context, batch_tokens: int | None, name: str) -> Likelihood:
     """Sums over the tokens of weight above 0 of every sequence of ``table``, on all processes alike.
 
     Whole batches are dealt to the processes, so their number changes nothing; the batch size changes rounding only.
@@ -38,14 +39,16 @@ def likelihood(bundle: Bundle, table: TokenTable, ctx: Context, batch_tokens: in
     _check_lengths(table, bundle)
     asked = np.flatnonzero(table.trained_counts() > 0)
     result = Likelihood(np.zeros(len(lengths)), np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64))
-    batches = [[int(asked[place]) for place in batch] for batch in length_sorted(lengths[asked], batch_tokens)]
+    packed = packs_for_free(bundle.model, bundle.architecture)
+    cut = cut_batches(lengths[asked], token_budget(batch_tokens, bundle.device), packed)
+    batches = [[[int(asked[place]) for place in row] for row in batch] for batch in cut]
     mine = batches[ctx.team.rank :: ctx.team.world_size]
     found: list[tuple[np.ndarray, Likelihood]] = []
-    with ctx.report.task(name, sum(map(len, mine)), unit="sequences") as task:
-        for indices in mine:
-            batch = collate(table, [[index] for index in indices], bundle.pad_id).to(bundle.device)
-            found.append((np.array(indices), _of_batch(bundle, batch)))
-            task.advance(len(indices))
+    with ctx.report.task(name, sum(len(row) for batch in mine for row in batch), unit="sequences") as task:
+        for rows in mine:
+            batch = collate(table, rows, bundle.pad_id).to(bundle.device)
+            found.append((np.concatenate(rows), _of_batch(bundle, batch)))
+            task.advance(batch.sequences)
     for part in ctx.team.gather_object(found):
         for indices, values in part:
             for field in fields(Likelihood):

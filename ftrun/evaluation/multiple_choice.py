@@ -43,7 +43,9 @@ class MultipleChoice(Evaluator):
     prompt: str = "Question: {question}\nAnswer:"  # what stands before a choice
     separator: str = " "  # between prompt and choice
     limit: int | None = None  # ask only the first rows
-    batch_tokens: int = 4096  # upper bound of the tokens in one batch, padding included
+    batch_tokens: int | None = (
+        None  # upper bound of the tokens in one batch, padding included; null: 1024 on a CPU, 4096 on a GPU
+    )
 
     def __post_init__(self) -> None:
         if "{question}" not in self.prompt:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_BYTES = 64 * 2**20  # upper bound of the logits that exist at one time
+CACHED_ROWS, CACHED_WORDS = 512, 1024  # logits of so many positions by so many words stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,30 @@ def token_nll(hidden: Tensor, head: Head, target_ids: Tensor) -> Tensor:
         if trains_head and torch.is_grad_enabled():
             return _TrainedHeadNll.apply(hidden, weight, bias, target_ids, head.scale, head.cap)
         wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
+        if not wants_gradient and device == "cpu" and dtype == torch.float32:
+            return _nll_in_cache(hidden, weight, bias, target_ids, head.scale, head.cap)
         return _FrozenHeadNll.apply(hidden, weight, bias, target_ids, head.scale, head.cap, wants_gradient)
+
+
+@torch.no_grad()
+def _nll_in_cache(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, cap: float | None
+) -> Tensor:
+    """Token losses with a running logsumexp over blocks of the vocabulary; no block of logits ever leaves the cache."""
+    nll = hidden.new_empty(len(hidden))
+    for start in range(0, len(hidden), CACHED_ROWS):
+        states, ids = hidden[start : start + CACHED_ROWS], targets[start : start + CACHED_ROWS]
+        highest, total = states.new_full((len(states),), -torch.inf), states.new_zeros(len(states))
+        for first in range(0, len(weight), CACHED_WORDS):
+            words = slice(first, first + CACHED_WORDS)
+            logits = _bend_(torch.mm(states, weight[words].T), None if bias is None else bias[words], scale, cap)
+            rising = torch.maximum(highest, logits.amax(1))
+            total.mul_((highest - rising).exp_()).add_(logits.sub_(rising.unsqueeze(1)).exp_().sum(1))
+            highest = rising
+        gold = torch.linalg.vecdot(states, weight[ids]).unsqueeze(1)
+        gold = _bend_(gold, None if bias is None else bias[ids].unsqueeze(1), scale, cap).squeeze(1)
+        nll[start : start + CACHED_ROWS] = total.log_().add_(highest).sub_(gold)
+    return nll
 
 
 class _FrozenHeadNll(torch.autograd.Function):
@@ -168,12 +192,7 @@ def _logits(
 ) -> Tensor:
     """Logits of a chunk, in at least float32; they overwrite ``space`` where there is one."""
     raw = hidden @ weight.T if space is None else torch.mm(hidden, weight.T, out=space[: len(hidden)])
-    raw = raw.to(_accurate(raw.dtype))
-    if bias is not None:
-        raw += bias
-    if scale != 1.0:
-        raw *= scale
-    return raw if cap is None else raw.div_(cap).tanh_().mul_(cap)
+    return _bend_(raw.to(_accurate(raw.dtype)), bias, scale, cap)
 
 
 def _softmax_(
@@ -201,6 +220,15 @@ def _space(hidden: Tensor, weight: Tensor, chunks: list[slice]) -> Tensor | None
     if not chunks or hidden.dtype != _accurate(hidden.dtype):
         return None
     return hidden.new_empty(chunks[0].stop, len(weight))
+
+
+def _bend_(raw: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
+    """Logits from the products with the head's weight, in their place."""
+    if bias is not None:
+        raw += bias
+    if scale != 1.0:
+        raw *= scale
+    return raw if cap is None else raw.div_(cap).tanh_().mul_(cap)
 
 
 def _bend(raw: Tensor, scale: float, cap: float | None) -> Tensor:

@@ -54,7 +54,11 @@ def load_bundle(
     arguments: dict[str, Any] = (quant or Quant()).load_arguments(dtype)
     if "quantization_config" in arguments or device.type != "cpu":
         arguments["device_map"] = {"": device}
-    with memory_guard(f"loading {model.path}", "Use quant=nf4, model.dtype=bfloat16, or a smaller model."), _quiet(), _whole_weights(folder):
+    with (
+        memory_guard(f"loading {model.path}", "Use quant=nf4, model.dtype=bfloat16, or a smaller model."),
+        _quiet(),
+        _whole_weights(folder),
+    ):
         loaded, report = _auto_class(task).from_pretrained(
             folder,
             config=config,
@@ -190,7 +194,9 @@ def _unreadable(what: str, error: Exception, model: ModelConfig) -> ConfigError:
             f"model.path={model.path}",
             "Read that code; if you trust it, set model.trust_remote_code=true.",
         )
-    return ConfigError(f"{what} cannot be read: {text[:300]}", f"model.path={model.path}", "Copy or download the model again.")
+    return ConfigError(
+        f"{what} cannot be read: {text[:300]}", f"model.path={model.path}", "Copy or download the model again."
+    )
 
 
 def _check_weights(missing: Any, model: nn.Module, backbone: str, task: Task, folder: Path) -> None:
@@ -223,7 +229,9 @@ def _whole_weights(folder: Path) -> Iterator[None]:
     except SafetensorError as error:
         if "allocate memory" in str(error):
             raise
-        raise ConfigError(f"a weight file is damaged: {error}", f"model.path={folder}", "Copy or download the model again.") from error
+        raise ConfigError(
+            f"a weight file is damaged: {error}", f"model.path={folder}", "Copy or download the model again."
+        ) from error
 
 
 @contextmanager

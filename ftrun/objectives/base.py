@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ftrun.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ftrun.config.settings import Settings
     from ftrun.data.batches import Batch
     from ftrun.training.view import StepView
 
@@ -30,7 +33,16 @@ class Objective:
     needs: ClassVar[dict[str, str]] = {}
     lacks: ClassVar[dict[str, str]] = {}
     kind: ClassVar[Kind] = "sft"  # what rows are turned into
+    packs: ClassVar[bool] = False  # rows may share a packed row: only per-token losses do not mind
     uses_reference: ClassVar[bool] = False  # needs the untrained model's token losses
+
+    def check(self, settings: Settings) -> None:
+        """Refuse settings that this objective cannot work with, before anything is loaded. Raises ConfigError."""
+        if settings.train.packing and not self.packs:
+            name = settings.choice("objective")
+            raise ConfigError(
+                f"objective={name} needs every row apart", "train.packing=true", "Use train.packing=false."
+            )
 
     def count(self, batch: Batch) -> float:
         """What the summed loss of this batch is divided by: known before the forward pass, added up over all ranks."""

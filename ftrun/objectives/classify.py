@@ -19,7 +19,6 @@ class Classify(Objective):
     """Cross-entropy of one label a row, on the logits of the model's classification head."""
 
     kind: ClassVar[Kind] = "labels"
-    needs: ClassVar[dict[str, str]] = {"whole_sequences": "classifies whole rows"}
 
     label_smoothing: float = 0.0  # probability mass spread over the other labels
 

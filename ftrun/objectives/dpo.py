@@ -25,7 +25,6 @@ class Dpo(Objective):
 
     kind: ClassVar[Kind] = "pairs"
     uses_reference: ClassVar[bool] = True
-    needs: ClassVar[dict[str, str]] = {"pair_batches": "compares two responses in one batch"}
 
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"  # form of the loss
     beta: float = 0.1  # strength of the pull towards the reference

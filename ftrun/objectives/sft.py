@@ -20,6 +20,7 @@ class Sft(Objective):
     """
 
     kind: ClassVar[Kind] = "sft"
+    packs: ClassVar[bool] = True
 
     def count(self, batch: Batch) -> float:
         return float(batch.trained_tokens)

@@ -23,7 +23,9 @@ def paired_errors(before: Rows, after: Rows) -> dict[str, float]:
         weights = [float(new["tokens"]) for _, new in pairs]
         errors["loss"] = _error([float(new["loss"]) - float(old["loss"]) for old, new in pairs], weights)
         if all(_has(row, "correct") for pair in pairs for row in pair):
-            right = [(float(new["correct"]) - float(old["correct"])) / max(1.0, float(new["tokens"])) for old, new in pairs]
+            right = [
+                (float(new["correct"]) - float(old["correct"])) / max(1.0, float(new["tokens"])) for old, new in pairs
+            ]
             errors["token_accuracy"] = _error(right, weights)
     for metric, column in (("accuracy", "score"), ("finished", "finished")):
         if pairs and all(_has(row, column) for pair in pairs for row in pair):

@@ -49,6 +49,7 @@ class Scorer:
     needs: ClassVar[dict[str, str]] = {}
     lacks: ClassVar[dict[str, str]] = {}
     column: ClassVar[str] = "score"  # the column that pickers rank by, higher first
+    passes: ClassVar[float] = 0.0  # forward passes over a row's tokens, for `ftrun plan`
     own_picker: ClassVar[str] = "top_k"  # the picker of the paper
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:

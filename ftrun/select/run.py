@@ -194,7 +194,7 @@ def _write(
         "selected": pa.array(rank > 0),
         "rank": pa.array(rank, pa.int64(), mask=rank == 0),
     }
-    summary = _summary(settings, pool, selected, admitted) | {"column": column or None}
+    summary: dict[str, Any] = _summary(settings, pool, selected, admitted) | {"column": column or None}
     with written_together(folder, FILES) as beside:
         _write_rows(beside / "selected.jsonl", pool, pool.ids[ids])
         _write_rows(beside / "examples.jsonl", pool, pool.ids[_examples(table, column, rank)])

@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 
 from ftrun.artifacts import disk_guard
-from ftrun.data.batches import Batch, collate, length_sorted
+from ftrun.data.batches import Batch, collate, cut_batches, token_budget
 from ftrun.data.tokens import Sequence as TokenSequence
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError, DataError
+from ftrun.models.fast import packs_for_free
 from ftrun.models.head import token_nll
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ Measure = Callable[["Bundle", Batch], list[np.ndarray]]
 
 KEY_BYTES = 16
 ALIGNED = 16  # tokens and predicted positions come in multiples of this
-PREDICTED_AT_ONCE = 256  # positions
+PREDICTED_AT_ONCE = 512  # positions
 
 
 def segments(texts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> TokenTable:
@@ -66,7 +67,9 @@ class Scoring:
     load: Callable[[], Bundle]  # called when the first score is asked for
     team: Team
     report: Reporter
-    batch_tokens: int = 4096  # upper bound of the padded tokens in one batch
+    batch_tokens: int | None = (
+        None  # upper bound of the tokens in one batch, padding included; None: as the device likes
+    )
     shards: Path | None = None  # folder for finished work; None keeps it in memory only
     shard_seconds: float = 15.0  # at most this much work is lost when the process is killed
     reasons: dict[int, str] = field(default_factory=dict)  # row -> why a scorer could not score it
@@ -94,7 +97,7 @@ class Scoring:
         result = np.full(len(texts.input_ids), np.nan, np.float32)
         texts = replace(texts, sequences_per_row=1)
         asked = np.flatnonzero(texts.trained_counts() > 0)
-        found = self.measure(texts.rows(asked), "nll", _nll_of_batch, title)
+        found = self.measure(texts.rows(asked), "nll", _nll_of_batch, title, packable=True)
         for index, nll in zip(asked, found, strict=True):
             first, end = int(texts.offsets[index]), int(texts.offsets[index + 1])
             result[first + 1 : end][np.asarray(texts.loss_weight[first + 1 : end]) > 0] = nll
@@ -110,15 +113,19 @@ class Scoring:
         total = np.bincount(owner, weights=nll[known], minlength=sequences)
         return np.divide(total, count, out=np.full(sequences, np.nan), where=count > 0)
 
-    def measure(self, texts: TokenTable, name: str, compute: Measure, title: str = "score") -> list[np.ndarray]:
+    def measure(
+        self, texts: TokenTable, name: str, compute: Measure, title: str = "score", packable: bool = False
+    ) -> list[np.ndarray]:
         """What ``compute`` takes from every sequence, flat float32 arrays in the order of ``texts``.
 
         ``name`` tells measures apart: a sequence measured under the same name before is not computed again.
+        ``packable``: it reads several sequences in one row of a batch as well as one; models that keep them apart at
+        no cost then waste nothing on padding.
         """
         keys = [_content_key(texts, index) for index in range(len(texts.lengths))]
         places = {key: index for index, key in enumerate(keys) if (name, key) not in self._known}
         if places:
-            self._run(texts, name, compute, sorted(places), places, title)
+            self._run(texts, name, compute, sorted(places), places, title, packable)
         return [self._known[name, key] for key in keys]
 
     def discard(self) -> None:
@@ -128,13 +135,25 @@ class Scoring:
             shutil.rmtree(self.shards, ignore_errors=True)
 
     def _run(
-        self, texts: TokenTable, name: str, compute: Measure, order: list[bytes], places: dict[bytes, int], title: str
+        self,
+        texts: TokenTable,
+        name: str,
+        compute: Measure,
+        order: list[bytes],
+        places: dict[bytes, int],
+        title: str,
+        packable: bool,
     ) -> None:
         """Measure the sequences ``order`` (content keys, sorted) on all processes, into ``_known``."""
         lengths = np.asarray(texts.lengths)[[places[key] for key in order]]
         self._check_length(int(lengths.max()))
-        batches = length_sorted(_aligned(lengths), self.batch_tokens)[self.team.rank :: self.team.world_size]
-        mine = [[order[position] for position in batch] for batch in batches]
+        packed = packable and packs_for_free(self.bundle.model, self.bundle.architecture)
+        budget = token_budget(self.batch_tokens, self.bundle.device)
+        batches = cut_batches(lengths if packed else _aligned(lengths), budget, packed)
+        mine = [
+            [order[position] for row in batch for position in row]
+            for batch in batches[self.team.rank :: self.team.world_size]
+        ]
         folder = self._folder(name)
         done = self._read_shards(folder, {key for batch in mine for key in batch})
         tokens = {key: int(length) for key, length in zip(order, lengths, strict=True)}
@@ -151,7 +170,7 @@ class Scoring:
                     missing = [key for key in batch if key not in done]
                     if not missing:
                         continue
-                    fresh |= self._compute(texts, name, compute, missing, places)
+                    fresh |= self._compute(texts, name, compute, missing, places, packed)
                     task.advance(sum(tokens[key] for key in missing))
                     if time.monotonic() - written >= self.shard_seconds:
                         done |= self._write_shard(folder, fresh)
@@ -162,10 +181,18 @@ class Scoring:
             self._known |= {(name, key): values for key, values in _unpack(packed).items()}
 
     def _compute(
-        self, texts: TokenTable, name: str, compute: Measure, keys: list[bytes], places: dict[bytes, int]
+        self,
+        texts: TokenTable,
+        name: str,
+        compute: Measure,
+        keys: list[bytes],
+        places: dict[bytes, int],
+        packed: bool,
     ) -> dict[bytes, np.ndarray]:
-        batch = collate(texts, [[places[key]] for key in keys], self.bundle.pad_id)
-        time = min(int(_aligned(batch.input_ids.shape[1])), max(batch.input_ids.shape[1], self.bundle.context_length))
+        indices = [places[key] for key in keys]
+        batch = collate(texts, [indices] if packed else [[index] for index in indices], self.bundle.pad_id)
+        widest = batch.input_ids.shape[1]
+        time = int(_aligned(widest)) if packed else min(int(_aligned(widest)), max(widest, self.bundle.context_length))
         batch = _padded(batch, time, self.bundle.pad_id).to(self.bundle.device)
         values = [np.asarray(value, np.float32).reshape(-1) for value in compute(self.bundle, batch)]
         for value in values:
@@ -251,14 +278,17 @@ def _aligned(lengths: Any) -> Any:
 
 
 def _padded(batch: Batch, time: int, pad_id: int) -> Batch:
-    """The batch with padding on the right up to ``time`` tokens."""
-    room = (0, time - batch.input_ids.shape[1])
+    """The batch with padding on the right up to ``time`` tokens; in a packed one it is a document of its own."""
+    width = batch.input_ids.shape[1]
+    room = (0, time - width)
+    first = 0 if batch.packed else width
+    more = torch.arange(first, first + time - width)
     return replace(
         batch,
         input_ids=F.pad(batch.input_ids, room, value=pad_id),
         loss_weight=F.pad(batch.loss_weight, room),
         sequence=F.pad(batch.sequence, room, value=-1),
-        position_ids=torch.arange(time).expand(len(batch.input_ids), time),
+        position_ids=torch.cat([batch.position_ids, more.expand(len(batch.input_ids), -1)], 1),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,17 @@ class Progress:
     best_step: int | None = None
     last_loss: float | None = None
     data: str = ""  # fingerprint of the token table
-    identity: str = ""  # digest of the settings that must not change
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
-def save(folder: Path, progress: Progress, parameters: dict[str, nn.Parameter], optimizer: Optimizer, adapter: Adapter) -> Path:
+def save(
+    folder: Path, progress: Progress, parameters: dict[str, nn.Parameter], optimizer: Optimizer, adapter: Adapter
+) -> Path:
     """Write checkpoints/step-000100 below ``folder``."""
     path = folder / f"step-{progress.step:06d}"
     with whole_folder(path) as beside:
-        save_file({name: p.detach().contiguous().clone() for name, p in parameters.items()}, beside / "trainable.safetensors")
+        save_file(
+            {name: p.detach().contiguous().clone() for name, p in parameters.items()}, beside / "trainable.safetensors"
+        )
         _save_tree(optimizer.state_dict(), beside, "optimizer")
         _save_tree(adapter.state_dict(), beside, "adapter_state")
         write_json(beside / "progress.json", asdict(progress))
@@ -49,11 +51,19 @@ def load(path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer, 
     saved = load_file(path / "trainable.safetensors")
     if saved.keys() != parameters.keys():
         odd = sorted(saved.keys() ^ parameters.keys())[:3]
-        raise CheckpointError("the checkpoint trains other parameters than this run", f"{path}: {', '.join(odd)}", "Resume with the command that started the run.")
+        raise CheckpointError(
+            "the checkpoint trains other parameters than this run",
+            f"{path}: {', '.join(odd)}",
+            "Resume with the command that started the run.",
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             if saved[name].shape != parameter.shape:
-                raise CheckpointError(f"{name} has another shape in the checkpoint", str(path), "Resume with the command that started the run.")
+                raise CheckpointError(
+                    f"{name} has another shape in the checkpoint",
+                    str(path),
+                    "Resume with the command that started the run.",
+                )
             parameter.copy_(saved[name])
     optimizer.load_state_dict(_load_tree(path, "optimizer"))
     adapter.load_state_dict(_load_tree(path, "adapter_state"))
@@ -95,7 +105,10 @@ def _save_tree(tree: dict[str, Any], folder: Path, name: str) -> None:
         if isinstance(node, dict):
             return {"__dict__": [[key, strip(item, f"{at}/{key}")] for key, item in node.items()]}
         if isinstance(node, (list, tuple)):
-            return {"__list__": [strip(item, f"{at}/{i}") for i, item in enumerate(node)], "tuple": isinstance(node, tuple)}
+            return {
+                "__list__": [strip(item, f"{at}/{i}") for i, item in enumerate(node)],
+                "tuple": isinstance(node, tuple),
+            }
         if node is None or isinstance(node, (bool, int, float, str)):
             return node
         raise TypeError(f"cannot save a {type(node).__name__} in a checkpoint (at {at})")

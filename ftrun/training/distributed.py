@@ -25,12 +25,17 @@ class Team:
         wanted = launch.processes * launch.nodes
         on_cpu = launch.device == "cpu" or (launch.device == "auto" and not torch.cuda.is_available())
         if launch.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("launch.device=cuda, but no GPU is visible", todo="Use launch.device=auto, and see `ftrun doctor`.")
+            raise ConfigError(
+                "launch.device=cuda, but no GPU is visible", todo="Use launch.device=auto, and see `ftrun doctor`."
+            )
         if on_cpu:
             os.environ["ACCELERATE_USE_CPU"] = "true"
         torch.set_num_threads(launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.processes))
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience], log_with=trackers or None, project_dir=folder)
+        loggers: list[Any] = list(trackers or [])
+        self.accelerator = Accelerator(
+            cpu=on_cpu, kwargs_handlers=[patience], log_with=loggers or None, project_dir=folder
+        )
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
@@ -93,7 +98,11 @@ class Team:
     def lost_another(self, error: Exception) -> bool:
         """Whether ``error`` only says that another process is gone."""
         words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
-        return self.world_size > 1 and isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in words)
+        return (
+            self.world_size > 1
+            and isinstance(error, (RuntimeError, OSError))
+            and any(word in str(error) for word in words)
+        )
 
     def close(self) -> None:
         self.accelerator.end_training()

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from ftrun.config.settings import Settings
+from ftrun.data.batches import token_budget
 
 # values kept for the backward pass, in units of the model's width, for one token of one layer:
-# inputs of the linears, norms, attention and the gated MLP (measured on Llama-shaped models)
+# inputs of the linears, norms, attention and the gated MLP, counted by hand for a Llama layer, not measured
 ACTIVATIONS_PER_LAYER = 16.0
 MLP_ACTIVATIONS = 12.0  # the same for the inner width of the MLP, three times the model's
 
@@ -21,13 +22,16 @@ def weight_bytes(settings: Settings, parameters: int, embedding: int, dtype: tor
     return (parameters - embedding) * bits / 8 + embedding * dtype.itemsize
 
 
-def training_bytes(settings: Settings, lengths: np.ndarray, trainable: int, width: int, layers: int) -> float:
+def training_bytes(
+    settings: Settings, lengths: np.ndarray, trainable: int, width: int, layers: int, device: torch.device
+) -> float:
     """Bytes of gradients, optimiser state and activations. ``lengths``: tokens of every row, (rows,)."""
     train = settings.train
     optimizer = trainable * (4 + settings.component("optim").state_bytes())
     longest = float(lengths.max(initial=1))
-    micro = min(float(train.batch_tokens), float(lengths.mean()) * train.batch_size * 1.5)
-    micro += longest * (longest > train.batch_tokens)  # a row that is longer than a micro-batch comes alone
+    batch_tokens = token_budget(train.batch_tokens, device)
+    micro = min(float(batch_tokens), float(lengths.mean()) * train.batch_size * 1.5)
+    micro += longest * (longest > batch_tokens)  # a row that is longer than a micro-batch comes alone
     kept = 1.0 if train.gradient_checkpointing else float(layers)
     return optimizer + micro * kept * 4 * width * (ACTIVATIONS_PER_LAYER + MLP_ACTIVATIONS)
 

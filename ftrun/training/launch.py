@@ -74,7 +74,13 @@ def leave_error(error: FtrunError) -> bool:
 
 def error_class(code: int) -> type[FtrunError]:
     """The error that an exit code stands for."""
-    kinds: list[type[FtrunError]] = [errors.ConfigError, errors.DataError, errors.ResourceError, errors.Interrupted, errors.Preempted]
+    kinds: list[type[FtrunError]] = [
+        errors.ConfigError,
+        errors.DataError,
+        errors.ResourceError,
+        errors.Interrupted,
+        errors.Preempted,
+    ]
     return next((kind for kind in kinds if kind.exit_code == code), errors.ComponentError)
 
 
@@ -85,7 +91,11 @@ def spawn(command: Sequence[str], launch: LaunchConfig) -> None:
     outlives this call.
     """
     if launch.nodes > 1 and not launch.port:
-        raise ConfigError("several machines need a fixed port", f"launch.nodes={launch.nodes}", "Set launch.port and launch.address of machine 0 on all of them.")
+        raise ConfigError(
+            "several machines need a fixed port",
+            f"launch.nodes={launch.nodes}",
+            "Set launch.port and launch.address of machine 0 on all of them.",
+        )
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory(prefix="ftrun-") as folder, _passing_signals_on(workers):
         try:
@@ -118,7 +128,9 @@ def _start(command: Sequence[str], launch: LaunchConfig, folder: Path, workers: 
             ERROR_FILE: str(file),
         }
         # a session of its own, so that Ctrl-C reaches the workers once, through us
-        process = subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+        process = subprocess.Popen(
+            [sys.executable, *command], env=environment, start_new_session=True, preexec_fn=_end_with_parent
+        )
         workers.append(Worker(rank, process, file))
 
 

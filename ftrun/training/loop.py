@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from ftrun.adapters.base import Adapter
 from ftrun.artifacts import strict
 from ftrun.context import Context
-from ftrun.data.batches import Batch, Plan, micro_batches
+from ftrun.data.batches import Batch, Plan, micro_batches, token_budget
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError, DataError, Interrupted, Preempted
 from ftrun.models.bundle import Bundle
@@ -56,22 +56,30 @@ class Trainer:
     parameters: dict[str, nn.Parameter]  # everything that may train, by name
     evaluate: Callable[[], float] | None  # held-out loss
     reference: Reference | None = None
-    identity: str = ""
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         self.settings = self.ctx.settings.train
         self.team = self.ctx.team
-        self.plan = Plan.of(len(self.table), self.settings.batch_size, self.settings.epochs, self.settings.max_steps, self.ctx.seed)
+        self.plan = Plan.of(
+            len(self.table), self.settings.batch_size, self.settings.epochs, self.settings.max_steps, self.ctx.seed
+        )
         self.folder = self.ctx.out / "train"
-        joins = self.objective.kind in ("sft", "text") and packs_for_free(self.bundle.model, self.bundle.architecture)
+        joins = self.objective.packs and packs_for_free(self.bundle.model, self.bundle.architecture)
+        self.batch_tokens = token_budget(self.settings.batch_tokens, self.team.device)
         self.packing = joins if self.settings.packing is None else self.settings.packing
-        self.progress.data, self.progress.identity = self.table.fingerprint(), self.identity
+        self.progress.data = self.table.fingerprint()
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         if not self.table.trained_counts().any() and self.objective.kind != "labels":
-            raise DataError("there is nothing to train on: no token of any row carries loss", todo="Look at the rows with `ftrun preview`.")
+            raise DataError(
+                "there is nothing to train on: no token of any row carries loss",
+                todo="Look at the rows with `ftrun preview`.",
+            )
         if self.settings.batch_size < self.team.world_size:
-            raise DataError(f"{self.team.world_size} processes cannot share a step of {self.settings.batch_size} rows", todo="Raise train.batch_size.")
+            raise DataError(
+                f"{self.team.world_size} processes cannot share a step of {self.settings.batch_size} rows",
+                todo="Raise train.batch_size.",
+            )
 
     # ---- the whole run ----
 
@@ -83,7 +91,10 @@ class Trainer:
         if resume:
             self._restore(resume)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._metrics_file() as metrics, self.ctx.report.task("training", self.plan.steps, unit="steps", start=self.progress.step) as bar:
+        with (
+            self._metrics_file() as metrics,
+            self.ctx.report.task("training", self.plan.steps, unit="steps", start=self.progress.step) as bar,
+        ):
             self._bar = bar
             signals.defer(True)
             while self.progress.step < self.plan.steps:
@@ -95,7 +106,10 @@ class Trainer:
                     break
             signals.defer(False)
         if self.progress.trained_tokens == 0 and self.objective.kind != "labels":
-            raise DataError("the run trained on nothing: every step's tokens had weight 0", todo="Look at the token weights with `ftrun preview`.")
+            raise DataError(
+                "the run trained on nothing: every step's tokens had weight 0",
+                todo="Look at the token weights with `ftrun preview`.",
+            )
         return self.progress
 
     def _step(self, step: int) -> dict[str, float]:
@@ -104,19 +118,30 @@ class Trainer:
         self.adapter.before_step(step)
         self.bundle.model.train()
         batches = self._my_batches(step)
-        local = [sum(self.objective.count(b) for b in batches), sum(b.tokens for b in batches), sum(b.trained_tokens for b in batches)]
-        count, tokens, trained = self.team.sum(torch.tensor(local, dtype=torch.float64, device=self.team.device)).tolist()
+        local = [
+            sum(self.objective.count(b) for b in batches),
+            sum(b.tokens for b in batches),
+            sum(b.trained_tokens for b in batches),
+        ]
+        count, tokens, trained = self.team.sum(
+            torch.tensor(local, dtype=torch.float64, device=self.team.device)
+        ).tolist()
         with memory.memory_guard(f"training step {step + 1}", self._advice()):
             sums = self._backward(batches, max(count, 1.0))
             self.team.sum_gradients(list(self.parameters.values()))
         names = sorted(sums)
-        totals = self.team.sum(torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.team.device)).tolist()
+        totals = self.team.sum(
+            torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.team.device)
+        ).tolist()
         facts = {name: value / max(count, 1.0) for name, value in zip(names, totals, strict=True)}
         norm = self._clip()
         if not (math.isfinite(facts["loss"]) and math.isfinite(norm)):
             self._not_a_number(step, facts["loss"], norm)
         rate = self._set_rates(step)
-        with memory.memory_guard(f"updating the weights in step {step + 1}", "Train fewer parameters with adapter=lora, or use optim=adamw_8bit."):
+        with memory.memory_guard(
+            f"updating the weights in step {step + 1}",
+            "Train fewer parameters with adapter=lora, or use optim=adamw_8bit.",
+        ):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.adapter.after_step(step)
@@ -125,7 +150,13 @@ class Trainer:
         self.progress.trained_tokens += int(trained)
         self.progress.last_loss = facts["loss"]
         seconds = time.perf_counter() - started
-        head = {"step": step + 1, "tokens": self.progress.tokens, "loss": facts.pop("loss"), "lr": rate, "grad_norm": norm}
+        head = {
+            "step": step + 1,
+            "tokens": self.progress.tokens,
+            "loss": facts.pop("loss"),
+            "lr": rate,
+            "grad_norm": norm,
+        }
         return head | {"tokens_per_s": tokens / seconds, "memory_bytes": memory.current_bytes(), **facts}
 
     def _backward(self, batches: list[Batch], count: float) -> dict[str, float]:
@@ -169,7 +200,7 @@ class Trainer:
         rows = deal(self.plan.step(step), self._row_lengths, self.team.world_size)[self.team.rank]
         if len(rows) == 0:
             return []
-        cut = micro_batches(self.table, rows, self.settings.batch_tokens, self.packing, self.bundle.pad_id)
+        cut = micro_batches(self.table, rows, self.batch_tokens, self.packing, self.bundle.pad_id)
         return [batch.to(self.team.device) for batch in cut]
 
     @property
@@ -199,7 +230,7 @@ class Trainer:
         )
 
     def _advice(self) -> str:
-        half = max(1, self.settings.batch_tokens // 2)
+        half = max(1, self.batch_tokens // 2)
         return f"Try train.batch_tokens={half}, train.gradient_checkpointing=true, a shorter data.max_length, or quant=nf4 with an adapter."
 
     # ---- around the steps ----
@@ -222,7 +253,9 @@ class Trainer:
             self._write({"step": step, "eval_loss": loss}, metrics)
         if force or last or (self.settings.save_steps and step % self.settings.save_steps == 0):
             if self.team.is_main:
-                checkpoint.save(self.folder / "checkpoints", self.progress, self.parameters, self.optimizer, self.adapter)
+                checkpoint.save(
+                    self.folder / "checkpoints", self.progress, self.parameters, self.optimizer, self.adapter
+                )
                 spare = self.progress.best_step if self.settings.load_best else None
                 checkpoint.prune(self.folder / "checkpoints", self.settings.keep_checkpoints, spare)
             self.team.barrier()
@@ -236,11 +269,14 @@ class Trainer:
             self.ctx.report.note(f"best held-out loss was at step {step}: its weights are kept")
 
     def _restore(self, path: Path) -> None:
-        here = (self.progress.data, self.progress.identity)
+        data = self.progress.data
         self.progress = checkpoint.load(path, self.parameters, self.optimizer, self.adapter)
-        if self.progress.data != here[0]:
-            raise DataError("the data is not what the run was started with", str(path), "Resume with the same rows, tokenizer and template, or start a new run.")
-        self.progress.identity = here[1]
+        if self.progress.data != data:
+            raise DataError(
+                "the data is not what the run was started with",
+                str(path),
+                "Resume with the same rows, tokenizer and template, or start a new run.",
+            )
 
     def _metrics_file(self) -> AbstractContextManager[TextIO | None]:
         """metrics.jsonl, cut back to the step that a resumed run starts from."""
@@ -263,7 +299,9 @@ class Trainer:
             metrics.write(json.dumps(strict(facts)) + "\n")
             metrics.flush()
         if self.settings.trackers:
-            self.team.accelerator.log({key: value for key, value in facts.items() if key != "step"}, step=int(facts["step"]))
+            self.team.accelerator.log(
+                {key: value for key, value in facts.items() if key != "step"}, step=int(facts["step"])
+            )
 
 
 def deal(rows: np.ndarray, lengths: np.ndarray, processes: int) -> list[np.ndarray]:

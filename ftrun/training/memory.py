@@ -50,7 +50,9 @@ def _system_memory() -> float:
 
 def _cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
     """What the limits of this container or batch job, and of all groups around it, still leave (cgroup v2)."""
-    paths = [line[3:].strip() for line in own.read_text().splitlines() if line.startswith("0::")] if own.exists() else []
+    paths = (
+        [line[3:].strip() for line in own.read_text().splitlines() if line.startswith("0::")] if own.exists() else []
+    )
     left = float("inf")
     for path in paths:
         group = root / path.lstrip("/")

@@ -18,7 +18,8 @@ CHAIN_VERBS = ("train", "select")
 def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool = False) -> dict[str, Any] | None:
     """Carry out ``verb``. Raises FtrunError."""
     if verb in (*CHAIN_VERBS, "plan", "preview"):
-        composed.settings.component("adapter").check(composed.settings)
+        for slot in ("adapter", "objective"):
+            composed.settings.component(slot).check(composed.settings)
     if verb in CHAIN_VERBS:
         return _run_chain(verb, composed, list(overrides))
     if verb == "show":
@@ -27,7 +28,9 @@ def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool
         return print_show(composed, list(overrides))
     from ftrun.training.memory import memory_guard
 
-    with memory_guard(f"ftrun {verb} was at work", "Use a smaller model, model.dtype=bfloat16, or fewer tokens at a time."):
+    with memory_guard(
+        f"ftrun {verb} was at work", "Use a smaller model, model.dtype=bfloat16, or fewer tokens at a time."
+    ):
         return _work(verb, composed, overrides, html)
 
 
@@ -52,7 +55,10 @@ def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -
         from ftrun.verbs.generate import generate
 
         return generate(composed)
-    raise ConfigError(f'there is no verb "{verb}"', todo=nearest(verb, (*CHAIN_VERBS, "show", "preview", "plan", "eval", "merge", "generate")))
+    raise ConfigError(
+        f'there is no verb "{verb}"',
+        todo=nearest(verb, (*CHAIN_VERBS, "show", "preview", "plan", "eval", "merge", "generate")),
+    )
 
 
 def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str, Any]:

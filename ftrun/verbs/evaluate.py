@@ -12,6 +12,7 @@ from ftrun.chain import Chain
 from ftrun.config.compose import Composed
 from ftrun.config.saved import load_settings
 from ftrun.errors import ConfigError
+from ftrun.reporting.terminal import results_table
 from ftrun.training.signals import StopSignals
 from ftrun.verbs.trained import load_trained, plain_context
 
@@ -42,12 +43,10 @@ def evaluate(composed: Composed, overrides: Sequence[str]) -> dict[str, Any]:
         chain = Chain(ctx, Composed(settings, None), [], signals)
         chain.load_rows_for_evaluation()
         if asked.run:
-            load_trained(run, settings, ctx)
+            ctx.bundle = load_trained(run, settings, ctx.team.device)
         else:
             chain.load_model()
         chain._evaluate("final")
-        from ftrun.reporting.terminal import results_table
-
         results_table(run, ctx.report)
         if not (run / "summary.json").exists():
             write_json(run / "summary.json", {"recipe": settings.recipe, "status": "done", "metrics": chain.metrics})

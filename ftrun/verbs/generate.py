@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TextStreamer
 
 from ftrun.config.compose import Composed
@@ -20,15 +21,13 @@ from ftrun.verbs.trained import load_trained, plain_context
 
 def generate(composed: Composed) -> dict[str, Any]:
     """Answer ``prompt`` with a run's model, or with ``model.path``; the answer streams to standard output."""
-    import torch
-
     asked = composed.settings
     if not asked.prompt:
         raise ConfigError("what shall it answer?", todo='Give prompt="..."')
     if asked.run:
         run, settings = load_settings(asked.run)
         ctx = plain_context(settings, run)
-        bundle = load_trained(run, settings, ctx)
+        bundle = load_trained(run, settings, ctx.team.device)
     else:
         ctx = plain_context(asked, Path("."))
         bundle = load_bundle(asked.model, task="causal", quant=asked.component("quant"), device=ctx.team.device)

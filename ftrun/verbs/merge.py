@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ftrun.artifacts import whole_folder
 from ftrun.config.compose import Composed
@@ -18,17 +19,16 @@ def merge(composed: Composed) -> dict[str, Any]:
     """Write ``model/`` of a run: a folder that transformers loads without ftrun or peft."""
     run, settings = load_settings(composed.settings.run)
     settings.launch = composed.settings.launch
-    folder = merge_run(run, settings)
+    folder = merge_run(run, settings, plain_context(settings, run).team.device)
     print(folder)
     return {"model": str(folder)}
 
 
-def merge_run(run: Path, settings: Settings) -> Path:
+def merge_run(run: Path, settings: Settings, device: torch.device) -> Path:
     """Merge into the full-precision base: merging into 4 bits would round what was learnt."""
     if (run / "model").is_dir():
         return run / "model"
-    ctx = plain_context(copy.deepcopy(settings), run)
-    bundle = load_trained(run, settings, ctx, full_precision=True)
+    bundle = load_trained(run, settings, device, full_precision=True)
     merged: Any = settings.component("adapter").merge(bundle.model)
     with whole_folder(run / "model") as folder:
         with without_bars():

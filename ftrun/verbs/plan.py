@@ -14,7 +14,7 @@ from ftrun.chain import Chain, logical_parameters
 from ftrun.config.compose import Composed
 from ftrun.config.settings import Settings
 from ftrun.config.values import parse_budget
-from ftrun.data.batches import Plan
+from ftrun.data.batches import Plan, token_budget
 from ftrun.data.pool import load_pool
 from ftrun.models.architecture import Architecture, describe
 from ftrun.models.bundle import Bundle
@@ -47,7 +47,7 @@ def plan(composed: Composed) -> dict[str, Any]:
     architecture = describe(model)
     trainable = _trainable(settings, model, architecture, ctx)
     pieces = len(table) / len(prepared.kept)
-    stages = _stages(settings, lengths, pieces, total, trainable, embedding, architecture, resolve_dtype(settings.model.dtype, ctx.team.device))
+    stages = _stages(settings, lengths, pieces, total, trainable, embedding, architecture, ctx.team.device)
     speed = _matmul_speed(ctx.team.device)
     _print(ctx.report, settings, total, trainable, stages, speed)
     for note in composed.notes:
@@ -62,7 +62,10 @@ def plan(composed: Composed) -> dict[str, Any]:
         "rows": len(prepared.kept),
         "fits": need <= available,
         "available_bytes": available,
-        "stages": {stage.name: {"tokens": stage.tokens, "memory_bytes": stage.memory, "seconds": stage.flops / speed} for stage in stages},
+        "stages": {
+            stage.name: {"tokens": stage.tokens, "memory_bytes": stage.memory, "seconds": stage.flops / speed}
+            for stage in stages
+        },
     }
 
 
@@ -75,36 +78,62 @@ def _trainable(settings: Settings, model: torch.nn.Module, architecture: Archite
 
     adapter = build("adapter", slot, knobs)
     tokenizer = load_tokenizer(settings.model)
-    ctx.bundle = Bundle(model, tokenizer, architecture, torch.device("meta"), torch.float32, settings.model.path, "", architecture.context_length)
+    ctx.bundle = Bundle(
+        model,
+        tokenizer,
+        architecture,
+        torch.device("meta"),
+        torch.float32,
+        settings.model.path,
+        "",
+        architecture.context_length,
+    )
     attached = adapter.attach(model, ctx)
     adapter.bind(torch.optim.SGD([p for p in attached.parameters() if p.requires_grad], lr=0.0))
     adapter.before_step(0)
     return sum(p.numel() for p in attached.parameters() if p.requires_grad)
 
 
-def _stages(settings: Settings, lengths: np.ndarray, pieces: float, total: int, trainable: int, embedding: int, architecture: Architecture, dtype: torch.dtype) -> list[Stage]:
+def _stages(
+    settings: Settings,
+    lengths: np.ndarray,
+    pieces: float,
+    total: int,
+    trainable: int,
+    embedding: int,
+    architecture: Architecture,
+    device: torch.device,
+) -> list[Stage]:
     body = total - embedding  # looking a token up costs nothing; the head is part of the body unless it is tied
     tables = architecture.vocabulary * architecture.width * (1 if architecture.tied else 2)
-    weight_bytes = estimate.weight_bytes(settings, total, tables, dtype)
+    weight_bytes = estimate.weight_bytes(settings, total, tables, resolve_dtype(settings.model.dtype, device))
     width, layers = architecture.width, len(architecture.layers)
     stages = []
     picked = lengths
     if settings.choice("select") != "none":
-        tokens = float(lengths.sum()) * _passes(settings)
-        stages.append(Stage("select", tokens, 2.0 * (body + embedding) * tokens, weight_bytes + settings.select.batch_tokens * width * 4 * 12))
+        tokens = float(lengths.sum()) * settings.component("select").passes
+        stages.append(
+            Stage(
+                "select",
+                tokens,
+                2.0 * (body + embedding) * tokens,
+                weight_bytes + token_budget(settings.select.batch_tokens, device) * width * 4 * 12,
+            )
+        )
         picked = _picked(lengths, pieces, settings)
-    run = Plan.of(len(picked), settings.train.batch_size, settings.train.epochs, settings.train.max_steps, settings.seed)
+    run = Plan.of(
+        len(picked), settings.train.batch_size, settings.train.epochs, settings.train.max_steps, settings.seed
+    )
     step_tokens = float(picked.mean()) * settings.train.batch_size
     passes = 6.0 if trainable > 0.5 * total else 4.0  # a frozen weight needs no gradient of its own
-    memory = weight_bytes + estimate.training_bytes(settings, picked, trainable, width, layers)
+    memory = weight_bytes + estimate.training_bytes(settings, picked, trainable, width, layers, device)
     tokens = step_tokens * run.steps
-    stages.append(Stage("train", tokens, passes * total * tokens * (4 / 3 if settings.train.gradient_checkpointing else 1), memory))
+    stages.append(
+        Stage(
+            "train", tokens, passes * total * tokens * (4 / 3 if settings.train.gradient_checkpointing else 1), memory
+        )
+    )
     return stages
-
-
-def _passes(settings: Settings) -> float:
-    """Forward passes that the scorer makes over a row, relative to its length."""
-    return float(getattr(settings.component("select"), "passes", 1.0))
 
 
 def _picked(lengths: np.ndarray, pieces: float, settings: Settings) -> np.ndarray:
@@ -113,7 +142,13 @@ def _picked(lengths: np.ndarray, pieces: float, settings: Settings) -> np.ndarra
     if budget is None:
         return lengths
     kind, amount = budget
-    rows = amount * pieces if kind == "rows" else amount * len(lengths) if kind == "share" else amount / max(1.0, lengths.mean())
+    rows = (
+        amount * pieces
+        if kind == "rows"
+        else amount * len(lengths)
+        if kind == "share"
+        else amount / max(1.0, lengths.mean())
+    )
     return lengths[: max(1, min(len(lengths), round(rows)))]
 
 
@@ -125,10 +160,10 @@ def _matmul_speed(device: torch.device) -> float:
     """Multiply-add operations a second of a large matmul here, halved: what a training step reaches of it."""
     size = 1024 if device.type == "cpu" else 8192
     left, right = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-    left @ right
+    torch.mm(left, right)
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < 0.2:
-        left @ right
+        torch.mm(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize()
         count += 1
@@ -141,5 +176,8 @@ def _print(report: Any, settings: Settings, total: int, trainable: int, stages: 
     report.table(
         f"{settings.recipe or 'plan'}: {total / 1e6:,.1f}M parameters, {trainable:,} train ({trainable / total:.2%})",
         ["stage", "tokens", "memory (GiB)", "time, about"],
-        [[stage.name, round(stage.tokens), f"{stage.memory / 2**30:.2f}", duration(stage.flops / speed)] for stage in stages],
+        [
+            [stage.name, round(stage.tokens), f"{stage.memory / 2**30:.2f}", duration(stage.flops / speed)]
+            for stage in stages
+        ],
     )

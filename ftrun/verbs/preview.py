@@ -9,8 +9,9 @@ import numpy as np
 
 from ftrun.chain import Chain
 from ftrun.config.compose import Composed
-from ftrun.data.batches import best_fit_decreasing
+from ftrun.data.batches import best_fit_decreasing, token_budget
 from ftrun.data.pool import load_pool
+from ftrun.models.load import load_tokenizer
 from ftrun.reporting.preview import PreviewRow, preview_html, preview_terminal
 from ftrun.training.signals import StopSignals
 from ftrun.verbs.trained import plain_context
@@ -26,10 +27,12 @@ def preview(composed: Composed, html: bool) -> dict[str, Any]:
     pool = load_pool(settings.data, chain.work, settings.seed)
     prepared = chain.prepare(pool, "rows")
     table = prepared.table
-    from ftrun.models.load import load_tokenizer
-
     tokenizer = load_tokenizer(settings.model)
-    packs = _neighbours(np.asarray(table.lengths), settings.train.batch_tokens) if settings.train.packing else {}
+    packs = (
+        _neighbours(np.asarray(table.lengths), token_budget(settings.train.batch_tokens, ctx.team.device))
+        if settings.train.packing
+        else {}
+    )
     rows, piece = [], 0
     continues = table.continues
     for index in range(min(ROWS * table.sequences_per_row, len(table.record))):

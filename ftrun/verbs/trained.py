@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from ftrun.chain import LABELS
 from ftrun.config.settings import Settings
 from ftrun.context import Context
@@ -17,20 +19,21 @@ from ftrun.training.distributed import Team
 from ftrun.training.progress import Reporter
 
 
-def load_trained(run: Path, settings: Settings, ctx: Context, full_precision: bool = False) -> Bundle:
+def load_trained(run: Path, settings: Settings, device: torch.device, full_precision: bool = False) -> Bundle:
     """The base model of a run with what it trained on top; ``full_precision`` leaves the run's quantisation out.
 
     Raises ConfigError when the run has saved no model.
     """
     if not (run / "adapter").is_dir() and not (run / "model").is_dir():
-        raise ConfigError(f"{run} holds no trained model", f"run={run}", "The run did not finish: continue it with resume=.")
+        raise ConfigError(
+            f"{run} holds no trained model", f"run={run}", "The run did not finish: continue it with resume=."
+        )
     quant = build("quant", "none") if full_precision else settings.component("quant")
-    bundle = load_bundle(settings.model, task=settings.task, quant=quant, device=ctx.team.device, labels=label_count(run))
+    bundle = load_bundle(settings.model, task=settings.task, quant=quant, device=device, labels=label_count(run))
     if settings.task == "causal":
         apply_template(bundle.tokenizer, settings.model.template)
     bundle.model = settings.component("adapter").load(bundle.model, run)
     bundle.model.eval()
-    ctx.bundle = bundle
     return bundle
 
 

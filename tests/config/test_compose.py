@@ -92,6 +92,11 @@ def mine(tmp_path: Path) -> Path:
             "Give one weight a source.",
         ),
         (["train.load_best=true"], "train.load_best needs", "Set both"),
+        (
+            ["train.load_best=true", "train.save_steps=2", "train.eval_steps=3"],
+            "train.load_best needs a checkpoint at every evaluation",
+            "a multiple of train.save_steps",
+        ),
         (["budget=-3"], "budget -3 is not a budget", "Use a share"),
         (["seed=-1"], "seed must be 0 or above", ""),
         (["launch.nodes=2"], "several machines must agree on a port", "Set launch.port"),

@@ -28,7 +28,11 @@ def section_keys():
 @pytest.mark.parametrize("section,key", list(section_keys()))
 def test_section_key_is_read(section, key):
     """Somewhere outside the schema and its bounds checks, code reads the attribute."""
-    assert readers(key, ("config/settings.py", "config/compose.py", "config/values.py")) or key in ("paper", "fidelity", "differences"), f"{section}.{key}"
+    assert readers(key, ("config/settings.py", "config/compose.py", "config/values.py")) or key in (
+        "paper",
+        "fidelity",
+        "differences",
+    ), f"{section}.{key}"
 
 
 @pytest.mark.parametrize("slot,name", [(slot, name) for slot in registry.SLOTS for name in registry.specs(slot)])

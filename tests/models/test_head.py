@@ -133,6 +133,18 @@ def test_module_head(chunk, count):
         assert hidden.grad is not None
 
 
+@pytest.mark.parametrize(("bias", "scale", "cap"), list(itertools.product([False, True], [1.0, 0.3], [None, 2.0])))
+@pytest.mark.parametrize("count", [0, 1, 10])
+def test_without_a_gradient_blocks_of_the_vocabulary_give_the_same(monkeypatch, bias, scale, cap, count):
+    """Positions and words in blocks that do not divide them."""
+    monkeypatch.setattr(head_module, "CACHED_ROWS", 4)
+    monkeypatch.setattr(head_module, "CACHED_WORDS", 5)
+    hidden, weight, offset, targets = parts(bias, "none", count, torch.float32)
+    head = Head(weight, offset, scale, cap, VOCABULARY)
+    with torch.no_grad():
+        torch.testing.assert_close(token_nll(hidden, head, targets), plain(hidden, head, targets))
+
+
 def test_logits_never_exceed_the_bound(monkeypatch):
     """Every product with the vocabulary stays within the bytes allowed, forward and backward."""
     monkeypatch.setattr(head_module, "LOGITS_BYTES", 4 * VOCABULARY * 4)

@@ -45,7 +45,12 @@ def overrides_for(name, rows_for, tiny_dir, tiny_encoder_dir, out) -> list[str]:
 
 def extra(name, tiny_dir) -> list[str]:
     recipe = recipes.find(name)
-    return [word.format(tiny=tiny_dir) for choice, words in ARGUMENTS.items() if choice == f"tokens={recipe.choice('tokens')}" for word in words]
+    return [
+        word.format(tiny=tiny_dir)
+        for choice, words in ARGUMENTS.items()
+        if choice == f"tokens={recipe.choice('tokens')}"
+        for word in words
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(recipes.catalogue()))
@@ -81,14 +86,23 @@ def test_recipe_selects(name, rows_file, tiny_dir, tmp_path, capsys):
     picked = []
     for attempt in ("one", "two"):
         out = tmp_path / attempt
-        words = [f"recipe={name}", f"model.path={tiny_dir}", f"data.path={rows_file}", "budget=5", f"out={out}", *extra(name, tiny_dir)]
+        words = [
+            f"recipe={name}",
+            f"model.path={tiny_dir}",
+            f"data.path={rows_file}",
+            "budget=5",
+            f"out={out}",
+            *extra(name, tiny_dir),
+        ]
         assert cli.entry(["select", *words]) == 0, capsys.readouterr().err
         table = pq.read_table(out / "selection/scores.parquet").to_pydict()
         assert table["id"] == list(range(24))
         rows = [json.loads(line) for line in (out / "selection/selected.jsonl").read_text().splitlines()]
         assert sum(table["selected"]) == len(rows)
         assert 0 < len(rows) <= 5
-        assert {row["id"] for row in rows} == {i for i, chosen in zip(table["id"], table["selected"], strict=True) if chosen}
+        assert {row["id"] for row in rows} == {
+            i for i, chosen in zip(table["id"], table["selected"], strict=True) if chosen
+        }
         assert sorted(rank for rank in table["rank"] if rank is not None) == list(range(1, len(rows) + 1))
         picked.append([row["id"] for row in rows])
     assert picked[0] == picked[1]

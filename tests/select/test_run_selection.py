@@ -192,11 +192,11 @@ def test_a_killed_selection_goes_on(rows, make_pool, select, monkeypatch):
     compute, computed = Scoring._compute, []
 
     def count(limit: int):
-        def counted(self, texts, name, measure, keys, places):
+        def counted(self, texts, name, measure, keys, places, packed):
             if len(computed) >= limit:
                 raise KeyboardInterrupt
             computed.extend(keys)
-            return compute(self, texts, name, measure, keys, places)
+            return compute(self, texts, name, measure, keys, places, packed)
 
         monkeypatch.setattr(Scoring, "_compute", counted)
 

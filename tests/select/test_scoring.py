@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ftrun.errors import ComponentError, DataError
+from ftrun.models.fast import packs_for_free
 from ftrun.select.scoring import Scoring, segments
 
 
@@ -57,6 +58,16 @@ def test_batches_do_not_matter(scoring, texts, batch_tokens):
     table = segments(texts)
     expected = scoring().mean_nll(table)
     np.testing.assert_allclose(scoring(batch_tokens=batch_tokens).mean_nll(table), expected, atol=1e-6)
+
+
+def test_packed_texts_score_as_they_do_alone(scoring, texts, bundle, monkeypatch):
+    """Joining texts saves padding and changes nothing; models that cannot keep them apart at no cost get rows of their own."""
+    assert packs_for_free(bundle.model, bundle.architecture)
+    table = segments(texts)
+    packed = scoring(batch_tokens=200).token_nll(table)
+    monkeypatch.setattr("ftrun.select.scoring.packs_for_free", lambda model, architecture: False)
+    apart = scoring(batch_tokens=200).token_nll(table)
+    np.testing.assert_allclose(packed, apart, atol=1e-6)
 
 
 def test_order_does_not_change_a_bit(scoring, texts):

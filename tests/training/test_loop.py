@@ -20,7 +20,14 @@ import ftrun
 from ftrun.errors import CheckpointError, ComponentError, ConfigError, DataError
 from ftrun.training.loop import deal
 
-QUICK = ["eval=[]", "data.heldout=0", "data.max_length=256", "train.batch_size=4", "train.max_steps=6", "optim.learning_rate=1e-3"]
+QUICK = [
+    "eval=[]",
+    "data.heldout=0",
+    "data.max_length=256",
+    "train.batch_size=4",
+    "train.max_steps=6",
+    "optim.learning_rate=1e-3",
+]
 VARIANTS = {
     "lora": ["recipe=lora_sft", "adapter.r=4", "adapter.lora_dropout=0.1"],
     "full": ["recipe=sft"],
@@ -90,7 +97,9 @@ def test_resume_equals_uninterrupted_to_the_bit(variant, packing, tiny_dir, rows
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(loop.Trainer, "_clip", dies)
         train(*words(variant, tiny_dir, rows_file, tmp_path / "cut", *more))
-    same = [word for word in words(variant, tiny_dir, rows_file, tmp_path / "cut", *more) if not word.startswith("out=")]
+    same = [
+        word for word in words(variant, tiny_dir, rows_file, tmp_path / "cut", *more) if not word.startswith("out=")
+    ]
     summary = train(*same, f"resume={tmp_path / 'cut'}")
     assert summary["status"] == "done" and summary["steps"] == 6
     assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
@@ -136,16 +145,23 @@ def test_sigkill_and_resume(variant, processes, tiny_dir, rows_file, tmp_path):
 
 def kill_tree(process: subprocess.Popen) -> None:
     """SIGKILL to the launcher and to its workers, which live in sessions of their own."""
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     for pid in [process.pid, *map(int, children)]:
         os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
-@pytest.mark.parametrize("number,code,status", [(signal.SIGTERM, 143, "preempted"), (signal.SIGUSR1, 143, "preempted"), (signal.SIGINT, 130, "interrupted")])
+@pytest.mark.parametrize(
+    "number,code,status",
+    [(signal.SIGTERM, 143, "preempted"), (signal.SIGUSR1, 143, "preempted"), (signal.SIGINT, 130, "interrupted")],
+)
 def test_signals_save_and_exit(number, code, status, tiny_dir, rows_file, tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen(command(*words("lora", tiny_dir, rows_file, out, "train.max_steps=100000")), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*words("lora", tiny_dir, rows_file, out, "train.max_steps=100000")), stderr=subprocess.PIPE, text=True
+    )
     wait_for_step(out, 3, process)
     process.send_signal(number)
     assert process.wait(timeout=60) == code
@@ -168,7 +184,17 @@ def test_two_processes_same_losses(tiny_dir, rows_file, tmp_path):
 
 def test_nan_loss_stops_the_run(tiny_dir, rows_file, tmp_path):
     with pytest.raises(ComponentError, match="not a number at step"):
-        train(*words("full", tiny_dir, rows_file, tmp_path / "run", "optim.learning_rate=1e30", "train.max_grad_norm=null", "schedule=constant"))
+        train(
+            *words(
+                "full",
+                tiny_dir,
+                rows_file,
+                tmp_path / "run",
+                "optim.learning_rate=1e30",
+                "train.max_grad_norm=null",
+                "schedule=constant",
+            )
+        )
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["status"] == "failed" and "learning_rate" in summary["error"]["message"]
 
@@ -176,7 +202,10 @@ def test_nan_loss_stops_the_run(tiny_dir, rows_file, tmp_path):
 def test_resume_refuses_another_recipe(tiny_dir, rows_file, tmp_path):
     train(*words("lora", tiny_dir, rows_file, tmp_path / "run"))
     with pytest.raises(CheckpointError, match="recipe=lora_sft"):
-        train(*[w for w in words("full", tiny_dir, rows_file, tmp_path) if not w.startswith("out=")], f"resume={tmp_path / 'run'}")
+        train(
+            *[w for w in words("full", tiny_dir, rows_file, tmp_path) if not w.startswith("out=")],
+            f"resume={tmp_path / 'run'}",
+        )
 
 
 def test_resume_refuses_other_settings(tiny_dir, rows_file, tmp_path):

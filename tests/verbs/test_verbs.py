@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,13 @@ import pytest
 import ftrun
 from ftrun import cli
 
-QUICK = ["data.heldout=0.2", "data.max_length=128", "train.max_steps=4", "train.batch_size=4", "optim.learning_rate=1e-2"]
+QUICK = [
+    "data.heldout=0.2",
+    "data.max_length=128",
+    "train.max_steps=4",
+    "train.batch_size=4",
+    "optim.learning_rate=1e-2",
+]
 
 
 @pytest.fixture
@@ -29,7 +37,10 @@ def test_eval_repeats_the_numbers_of_the_run(finished):
 
 def test_eval_with_another_evaluator(finished):
     out, _ = finished
-    result = ftrun.run("eval", overrides=[f"run={out}", "eval=[generation]", "eval.generation.rows=2", "eval.generation.max_new_tokens=4"])
+    result = ftrun.run(
+        "eval",
+        overrides=[f"run={out}", "eval=[generation]", "eval.generation.rows=2", "eval.generation.max_new_tokens=4"],
+    )
     assert "generation" in result["metrics"] and (out / "eval/predictions/generation.jsonl").exists()
 
 
@@ -45,9 +56,27 @@ def test_merge_gives_the_same_model(finished, tiny_dir, rows_file, tmp_path):
     ftrun.run("merge", overrides=[f"run={out}"])
     files = {file.suffix for file in (out / "model").iterdir()}
     assert ".safetensors" in files and not files & {".bin", ".pt"}
-    merged = ftrun.run("eval", overrides=[f"model.path={out / 'model'}", f"data.path={rows_file}", f"out={tmp_path / 'm'}"])
+    merged = ftrun.run(
+        "eval", overrides=[f"model.path={out / 'model'}", f"data.path={rows_file}", f"out={tmp_path / 'm'}"]
+    )
     base = ftrun.run("eval", overrides=[f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={tmp_path / 'b'}"])
     assert merged["metrics"]["heldout"]["loss"] < base["metrics"]["heldout"]["loss"]
+
+
+@pytest.mark.slow
+def test_two_processes_merge_at_the_end(tiny_dir, rows_file, tmp_path):
+    words = [
+        f"model.path={tiny_dir}",
+        f"data.path={rows_file}",
+        "launch.processes=2",
+        "launch.threads=1",
+        "train.merge=true",
+        "eval=[]",
+    ]
+    command = [sys.executable, "-m", "ftrun", "train", "recipe=lora_sft", f"out={tmp_path / 'run'}", *words, *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/model/model.safetensors").exists()
 
 
 def test_generate_prints_the_answer(finished, capsys):
@@ -76,6 +105,16 @@ def test_plan_counts_what_trains(recipe, tiny_dir, rows_file, tmp_path):
     assert planned["stages"]["train"]["memory_bytes"] > 0
 
 
+def test_plan_counts_the_passes_of_the_scorer(tiny_dir, rows_file):
+    """Superfiltering reads a row with its prompt and without; a random choice reads nothing."""
+    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "data.max_length=128", "budget=6"]
+    scored, drawn = (
+        ftrun.run("plan", name, words)["stages"]["select"]["tokens"] for name in ("superfiltering", "random")
+    )
+    trained = ftrun.run("plan", "lora_sft", [*words[:-1], "train.batch_size=8"])["stages"]["train"]["tokens"]
+    assert scored == pytest.approx(2 * trained) and drawn == 0
+
+
 def test_selection_in_front_of_training(tiny_dir, rows_file, tmp_path):
     """Only chosen rows are trained, held-out rows are never chosen, and the same selection is not made twice."""
     words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "select=superfiltering", "budget=6", *QUICK]
@@ -101,5 +140,9 @@ def test_python_interface_raises_the_same_errors(tmp_path):
 
 
 def test_random_selection_needs_no_model(rows_file, tmp_path, tiny_dir):
-    summary = ftrun.run("select", recipe="random", overrides=[f"data.path={rows_file}", "budget=10", f"out={tmp_path / 'r'}", f"model.path={tiny_dir}"])
+    summary = ftrun.run(
+        "select",
+        recipe="random",
+        overrides=[f"data.path={rows_file}", "budget=10", f"out={tmp_path / 'r'}", f"model.path={tiny_dir}"],
+    )
     assert summary["selected_rows"] == 10 and summary["steps"] == 0 and np.isfinite(summary["wall_s"])

@@ -32,6 +32,7 @@ class Ifd(Scorer):
     max_length: int = 512  # tokens of prompt and response that are scored
 
     column: ClassVar[str] = "ifd"
+    passes: ClassVar[float] = 2.0  # with and without the prompt: at most
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """Difficulty and its two sides, (rows,) each; NaN where a row has no response that can be scored.
