@@ -35,6 +35,7 @@ from ftrun.models.load import fingerprint, load_bundle, load_config, load_tokeni
 from ftrun.objectives.base import Objective
 from ftrun.reporting.html import write_report
 from ftrun.reporting.terminal import results_table
+from ftrun.select.queries import load_queries
 from ftrun.select.run import FILES as SELECTION_FILES
 from ftrun.select.run import run_selection
 from ftrun.tokens.run import run_tokens
@@ -330,6 +331,7 @@ class Chain:
                 "seed": settings.seed,
                 "template": settings.model.template,
                 "quant": settings.slots["quant"],
+                "queries": load_queries(settings).fingerprint if settings.select.queries else None,
                 "data": [settings.as_dict()["data"], pool.fingerprint, digest(pool.ids.tolist())],
                 "model": [model, fingerprint(model)],
                 "code": lockfile.code_digest(

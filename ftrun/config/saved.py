@@ -34,6 +34,7 @@ def settings_from(plain: dict[str, Any]) -> Settings:
     shared = {
         "model_path": select.pop("model")["path"],
         "batch_tokens": select.pop("batch_tokens"),
+        "queries": select.pop("queries"),
         "unscored": select.pop("unscored"),
     }
     values = {"select": select, "picker": picker} | {

@@ -92,6 +92,7 @@ class SelectConfig:
     batch_tokens: int | None = (
         None  # upper bound of the tokens in one scoring batch; null: 1024 on a CPU, 4096 on a GPU
     )
+    queries: list[str] = field(default_factory=list)  # files of rows like those wanted, one a task: for targeted methods
     unscored: Literal["drop", "keep"] = "drop"  # rows that a scorer cannot score: never picked, or picked last
 
 

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Similarity:
+    """How near the rows are to queries. ``matrix``: (queries, rows), higher is nearer; ``task``: (queries,)."""
+
+    matrix: np.ndarray
+    task: np.ndarray
+
+
+@dataclass
 class Table:
     """Scores of a pool. ``columns`` map a name to (rows,) float64; NaN = cannot be scored."""
 
@@ -20,6 +28,7 @@ class Table:
     lengths: np.ndarray  # (rows,) tokens of each row, prompt and response
     pool: Pool | None = None  # the rows themselves, for pickers that look at more than scores
     embeddings: np.ndarray | None = None  # (rows, width), unit length, when a scorer or picker made them
+    similarity: Similarity | None = None  # to the queries, from scorers that look for something
     reasons: dict[int, str] = field(default_factory=dict)  # row -> why it has no score
 
     def __len__(self) -> int:

@@ -113,7 +113,8 @@ def _score(scorer: Scorer, pool: Pool, ctx: Context) -> Table:
         columns[scorer.column] = np.where(np.isinf(values), np.nan, values)
         unscored = set(np.flatnonzero(np.isnan(columns[scorer.column])).tolist())
         reasons = {place: reasons.get(place, "undefined") for place in sorted(unscored)}
-    return Table(columns, _lengths(pool, ctx), pool, reasons=reasons)
+    lengths = _lengths(pool, ctx)
+    return Table(columns, lengths, pool, ctx.scorer.embeddings, ctx.scorer.similarity, reasons)
 
 
 def _lengths(pool: Pool, ctx: Context) -> np.ndarray:

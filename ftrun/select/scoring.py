@@ -34,6 +34,7 @@ from ftrun.models.head import token_nll
 
 if TYPE_CHECKING:
     from ftrun.models.bundle import Bundle
+    from ftrun.select.base import Similarity
     from ftrun.training.distributed import Team
     from ftrun.training.progress import Reporter
 
@@ -73,6 +74,8 @@ class Scoring:
     shards: Path | None = None  # folder for finished work; None keeps it in memory only
     shard_seconds: float = 15.0  # at most this much work is lost when the process is killed
     reasons: dict[int, str] = field(default_factory=dict)  # row -> why a scorer could not score it
+    embeddings: np.ndarray | None = None  # (rows, width) of the pool, where a scorer made them: pickers use them again
+    similarity: Similarity | None = None  # of the pool's rows to the queries, where a scorer looks for something
     own_tokenizer: Any = None  # the model's tokenizer, where it is there before the model
     computed: int = 0  # sequences that this process has run through the model
     _known: dict[tuple[str, bytes], np.ndarray] = field(default_factory=dict, repr=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,6 @@ from ftrun.errors import DataError
 
 if TYPE_CHECKING:
     from ftrun.context import Context
-    from ftrun.data.pool import Pool
     from ftrun.data.records import Message, Record
 
 Form = Literal["alpaca", "plain", "chat"]
@@ -45,7 +44,7 @@ class Turns:
         return np.divide(total, count, out=np.full(rows, np.nan), where=count > 0)
 
 
-def read_turns(pool: Pool, ctx: Context, form: Form) -> Turns:
+def read_turns(pool: Iterable[Record], ctx: Context, form: Form) -> Turns:
     """Tokenise every assistant turn of the pool, prompt and response apart.
 
     Apart, because both passes of a comparison must score the same response tokens; a tokenizer that reads prompt and
