@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,20 +29,20 @@ from ftrun.errors import CheckpointError, ComponentError, ConfigError, DataError
 from ftrun.evaluation.run import evaluate_all, evaluating
 from ftrun.models.architecture import Architecture, context_length
 from ftrun.models.bundle import Bundle
-from ftrun.models.checkpointing import checkpoint_activations
-from ftrun.models.fast import speed_up
 from ftrun.models.load import fingerprint, load_bundle, load_config, load_tokenizer, parameters_in, resolve_dtype
 from ftrun.objectives.base import Objective
 from ftrun.reporting.html import write_report
+from ftrun.reporting.selection import write_selection_report
 from ftrun.reporting.terminal import results_table
-from ftrun.select.queries import load_queries
-from ftrun.select.run import FILES as SELECTION_FILES
-from ftrun.select.run import run_selection
+from ftrun.select.queries import load_queries, load_rows
+from ftrun.select.run import EMBEDDINGS, FILES, run_selection
+from ftrun.select.shared import Shared
 from ftrun.tokens.run import run_tokens
 from ftrun.training import checkpoint, estimate, memory
 from ftrun.training.distributed import Team
 from ftrun.training.loop import Reference, Trainer, switched_off
 from ftrun.training.progress import Reporter
+from ftrun.training.setup import set_up
 from ftrun.training.signals import StopSignals, error_for
 
 LABELS = "labels.json"  # class names of a classification run
@@ -61,6 +61,11 @@ def run(composed: Composed, verb: str, command: Sequence[str]) -> dict[str, Any]
     """
     settings = composed.settings
     settings.stages = ["select"] if verb == "select" else settings.stages
+    return carry_out(settings, lambda ctx, signals: Chain(ctx, composed, list(command), signals))
+
+
+def carry_out(settings: Settings, make: Callable[[Context, StopSignals], Chain]) -> dict[str, Any]:
+    """Run a chain with all that surrounds it: seeds, run folder and its lock, processes, signals."""
     torch.manual_seed(settings.seed)
     np.random.seed(settings.seed % 2**32)  # libraries below us may draw from it
     out = run_folder(settings)
@@ -69,7 +74,7 @@ def run(composed: Composed, verb: str, command: Sequence[str]) -> dict[str, Any]
     lock = RunLock(out) if team.is_main else contextlib.nullcontext()
     with lock, StopSignals() as signals, contextlib.closing(report):
         ctx = Context(settings, out, team, report)
-        chain = Chain(ctx, composed, list(command), signals)
+        chain = make(ctx, signals)
         try:
             chain.check_folder()
             return chain.run()
@@ -113,6 +118,7 @@ class Chain:
         self.objective: Objective = self.settings.component("objective")
         self.trainer: Trainer | None = None
         self.selected: np.ndarray | None = None
+        self.shared: Shared | None = None  # with the selections of other recipes in the same command
         self.metrics: dict[str, Any] = {}
         self.counts: dict[str, int] = {}
         self.labels: list[Any] = []  # class names, for classification
@@ -177,7 +183,7 @@ class Chain:
         if self.ctx.team.is_main:
             from omegaconf import OmegaConf
 
-            write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.settings.as_dict())))
+            write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.resolved())))
             write_json(out / "identity.json", self.identity())
             (out / "summary.json").unlink(missing_ok=True)
             write_text(out / SPARE, " " * SPARE_BYTES)
@@ -185,6 +191,10 @@ class Chain:
         self.report.stage(f"ftrun {self.settings.recipe or ''}".strip(), str(out))
         for note in self.composed.notes:
             self.report.note(note)
+
+    def resolved(self) -> dict[str, Any]:
+        """What config.yaml holds."""
+        return self.settings.as_dict()
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is computed; a resumed run must agree in all of them."""
@@ -225,7 +235,7 @@ class Chain:
             "metrics": self.metrics,
             "selected_rows": len(self.selected) if self.selected is not None else None,
             "out": str(self.ctx.out),
-        }
+        } | self.extra_summary()
         if error is not None:
             summary["error"] = {
                 "what": str(error).splitlines()[0] if str(error) else type(error).__name__,
@@ -244,9 +254,15 @@ class Chain:
             self._report(status)
         return json.loads(json.dumps(summary, default=str))
 
+    def extra_summary(self) -> dict[str, Any]:
+        """Keys that only some kinds of run add."""
+        return {}
+
     def _report(self, status: str) -> None:
         """The page and the last table; a run is not lost because its picture cannot be drawn."""
         try:
+            if (self.ctx.out / "selection").is_dir():
+                write_selection_report(self.ctx.out)
             write_report(self.ctx.out)
             if status == "done":
                 results_table(self.ctx.out, self.report)
@@ -263,12 +279,8 @@ class Chain:
 
     def _stages(self) -> None:
         stages = self.settings.stages
-        selects = (self.settings.choice("select"), self.settings.choice("picker")) != ("none", "own")
-        with self.report.task("reading", None, unit="rows") as bar:
-            pool = load_pool(self.settings.data, self.work, self.settings.seed)
-            bar.advance(len(pool))
-        for note in pool.notes:
-            self.report.note(note)
+        selects = self.settings.selects
+        pool = self._read_pool()
         self._check_kind(pool)
         train_pool = self._split(pool) if stages != ["select"] else pool
         self.ctx.facts["data"] = pool.fingerprint
@@ -289,6 +301,14 @@ class Chain:
             self._train(table)
         elif "eval" in stages:
             self._evaluate("final")
+
+    def _read_pool(self) -> Pool:
+        with self.report.task("reading", None, unit="rows") as bar:
+            pool = load_pool(self.settings.data, self.work, self.settings.seed)
+            bar.advance(len(pool))
+        for note in pool.notes:
+            self.report.note(note)
+        return pool
 
     def _check_kind(self, pool: Pool) -> None:
         wanted = self.objective.kind
@@ -319,7 +339,7 @@ class Chain:
 
     def _select(self, pool: Pool) -> Pool:
         """Score the rows and pick; the outcome is reused when nothing that it depends on has changed."""
-        settings, folder = self.settings, self.ctx.out / "selection"
+        settings, folder = self.settings, self.ctx.selection
         self.report.stage("select", f"{settings.choice('select')} over {len(pool):,} rows")
         model = copy.copy(settings.model)
         if settings.select.model_path:
@@ -332,6 +352,7 @@ class Chain:
                 "template": settings.model.template,
                 "quant": settings.slots["quant"],
                 "queries": load_queries(settings).fingerprint if settings.select.queries else None,
+                "files": load_rows(settings, settings.component("select").files()).fingerprint,
                 "data": [settings.as_dict()["data"], pool.fingerprint, digest(pool.ids.tolist())],
                 "model": [model, fingerprint(model)],
                 "code": lockfile.code_digest(
@@ -340,7 +361,6 @@ class Chain:
                 ),
             }
         )
-        files = [folder / name for name in SELECTION_FILES]
         hit = stagecache.fetch("select", key, folder) if self.ctx.team.is_main else None
         if self.ctx.team.gather_object(hit)[0]:
             self.report.note("the same selection was made before: reused")
@@ -348,9 +368,10 @@ class Chain:
             tokenizer = load_tokenizer(model)
             if settings.task == "causal" or settings.select.model_path:
                 apply_template(tokenizer, model.template)
-            run_selection(settings, pool, lambda: self._scoring_bundle(model), self.ctx, tokenizer)
+            run_selection(settings, pool, lambda: self._scoring_bundle(model), self.ctx, tokenizer, self.shared)
             if self.ctx.team.is_main:
-                stagecache.keep("select", key, files)
+                files = [folder / name for name in (*FILES, EMBEDDINGS)]
+                stagecache.keep("select", key, [file for file in files if file.exists()])
         self.ctx.team.barrier()
         with (folder / "selected.jsonl").open() as lines:
             self.selected = np.array([json.loads(line)["id"] for line in lines], dtype=np.int64)
@@ -495,41 +516,26 @@ class Chain:
         torch.manual_seed(settings.seed)
         quant = settings.component("quant")
         bundle.model = quant.prepare(bundle.model, settings.train.gradient_checkpointing)
-        bundle.model = adapter.attach(bundle.model, self.ctx)
-        speed_up(bundle.model)  # the layers that the adapter brought
-        if settings.train.gradient_checkpointing:
-            checkpoint_activations(bundle.model)
-        named = [(name, p) for name, p in bundle.model.named_parameters() if p.requires_grad]
-        if not named:
-            raise ConfigError(
-                "nothing would be trained: no parameter is trainable",
-                f"adapter={settings.choice('adapter')}",
-                "Choose an adapter, or quant=none for full fine-tuning.",
-            )
-        self.ctx.team.broadcast_([p for _, p in named])
-        optimizer = settings.component("optim").build(named)
-        adapter.bind(optimizer)
-        adapter.before_step(0)  # some train only a part at a time
-        self.counts["trainable"] = sum(p.numel() for _, p in named if p.requires_grad)
-        self.trainer = Trainer(
-            ctx=self.ctx,
-            bundle=bundle,
-            table=table,
+        self.trainer = set_up(
+            self.ctx,
+            bundle,
+            table,
             adapter=adapter,
             objective=self.objective,
             tokens=settings.component("tokens"),
-            optimizer=optimizer,
+            optim=settings.component("optim"),
             schedule=settings.component("schedule"),
-            parameters=dict(named),
             evaluate=self._heldout_loss
             if self.ctx.heldout_tokens is not None and len(self.ctx.heldout_tokens)
             else None,
             reference=self._reference(adapter, original),
         )
+        self.counts["trainable"] = sum(p.numel() for p in self.trainer.parameters.values() if p.requires_grad)
         self._warn_of_large_steps(table, bundle.architecture)
+        steps = self.trainer.plan.steps
         share = self.counts["trainable"] / max(1, self.counts["total"])
         self.report.note(
-            f"{self.counts['trainable']:,} parameters train, {share:.2%} of the model's {self.counts['total']:,}; {_counted(table)}, {self.trainer.plan.steps:,} steps"
+            f"{self.counts['trainable']:,} parameters train, {share:.2%} of the model's {self.counts['total']:,}; {_counted(table)}, {steps:,} step{'s' * (steps != 1)}"
         )
         if path:
             self.report.note(f"resuming from {path.name}")

@@ -15,6 +15,8 @@ HELP = """ftrun: fine-tune language models, one recipe a published method
 
   ftrun train    recipe=qlora_sft data.path=my.jsonl model.path=FOLDER    select, attach, train, evaluate
   ftrun select   recipe=superfiltering data.path=pool.jsonl budget=0.1    score rows and keep the best
+  ftrun select   recipe=superfiltering,longest,random budget=0.1          several methods side by side on one pool
+  ftrun select   explain run=RUN id=17                                    why a row was kept or left out
   ftrun preview  recipe=qlora_sft data.path=my.jsonl                      rows exactly as they are trained
   ftrun plan     recipe=qlora_sft                                         memory and time before the run
   ftrun eval     run=RUN | model.path=FOLDER                              evaluators on a run or a model
@@ -201,6 +203,11 @@ def dispatch(line: CommandLine) -> int:
     if "--help" in line.hydra_flags or "-h" in line.hydra_flags:
         print(HELP, end="")
         return 0
+    if line.verb == "select" and line.rest == ["explain"]:
+        from ftrun.verbs.explain import explain
+
+        _print_result(line, explain(line.overrides, quiet=line.json))
+        return 0
     if line.rest:
         raise ConfigError(
             f'"{line.rest[0]}" is not of the form key=value', f"ftrun {line.verb} {line.rest[0]}", "See `ftrun --help`."
@@ -213,11 +220,19 @@ def dispatch(line: CommandLine) -> int:
     if line.hydra_flags:
         compose.load(line.overrides)
         return _through_hydra(line)
+    if line.verb == "select" and len(compose.recipe_names(line.overrides)) > 1:
+        from ftrun.verbs import run_together
+
+        _print_result(line, run_together(compose.load_each(line.overrides), line.overrides))
+        return 0
     composed = compose.load(line.overrides)
-    result = execute(line.verb, composed, line)
+    _print_result(line, execute(line.verb, composed, line))
+    return 0
+
+
+def _print_result(line: CommandLine, result: dict[str, Any] | None) -> None:
     if line.json and result is not None:
         print(json.dumps(result), flush=True)
-    return 0
 
 
 def execute(verb: str, composed: Any, line: CommandLine) -> dict[str, Any] | None:
@@ -266,8 +281,7 @@ def _through_hydra(line: CommandLine) -> int:
             if failed[-1] in (130, 143):
                 raise KeyboardInterrupt from error
             return None
-        if line.json and result is not None:
-            print(json.dumps(result), flush=True)
+        _print_result(line, result)
         return (result or {}).get("final_loss")
 
     sys.argv = ["ftrun", *line.hydra_flags, *compose.prepare(line.overrides)]

@@ -30,6 +30,7 @@ class Context:
     train_tokens: TokenTable | None = None
     scoring: Scoring | None = None  # scores texts with the selection's model; set by the select stage
     facts: dict[str, Any] = field(default_factory=dict)  # what ends in lock.json and the report
+    selects_in: str = "selection"  # folder below out; with several recipes each selects in one of its own
 
     def calibration(self, batches: int) -> list[Batch]:
         """The first micro-batches of training, for methods that look at data before they start.
@@ -50,6 +51,11 @@ class Context:
             found += micro_batches(self.train_tokens, plan.step(step), budget, False, self.bundle.pad_id)
             step += 1
         return [batch.to(self.bundle.device) for batch in found[:batches]]
+
+    @property
+    def selection(self) -> Path:
+        """Where the selection stage writes."""
+        return self.out / self.selects_in
 
     @property
     def scorer(self) -> Scoring:

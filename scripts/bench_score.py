@@ -1,7 +1,8 @@
-"""Scoring speed of `superfiltering` against a plain loop, and how little the batch changes a score.
+"""Scoring speed of `superfiltering` or `tshirt` against a plain loop, and how little the batch changes a score.
 
-The loop runs one text at a time, two passes a row, and takes the loss of the response from the whole logits. Start with
-`python scripts/bench_score.py --json score.json`.
+The loop runs one text at a time, two passes a row (and noisy copy), and takes the loss of the response from the whole
+logits. Both add the same noise. Start with `python scripts/bench_score.py --json score.json`, or
+`python scripts/bench_score.py --method tshirt --rows 24 --copies 4`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 
 ROWS = {"short": "builtin:demo_chat", "long": "builtin:gsm_symbolic:400"}
 TURN = 25  # rows
+COLUMN = {"superfiltering": "ifd", "tshirt": "s_ifd"}
 # name -> (words for `ftrun select`, whether the rows are shuffled)
 VARIANTS: dict[str, tuple[list[str], bool]] = {
     "one row a batch": (["select.batch_tokens=1"], False),
@@ -66,32 +68,71 @@ class PlainLoop:
         found = []
         with torch.no_grad():
             for row in rows:
-                prompt = "".join(row[key] + "\n" for key in ("instruction", "input") if row[key])
-                prompt_ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
-                response_ids = self.tokenizer(row["output"], add_special_tokens=False).input_ids
-                found.append(float(np.exp(self._loss(prompt_ids, response_ids)) / np.exp(self._loss([], response_ids))))
+                prompt, response = self._ids(row)
+                found.append(float(np.exp(self._losses(prompt, response).mean() - self._losses([], response).mean())))
         return found
 
-    def _loss(self, prompt: list[int], response: list[int]) -> float:
+    def _ids(self, row: dict[str, str]) -> tuple[list[int], list[int]]:
+        prompt = "".join(row[key] + "\n" for key in ("instruction", "input") if row[key])
+        prompt_ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        return prompt_ids, self.tokenizer(row["output"], add_special_tokens=False).input_ids
+
+    def _losses(self, prompt: list[int], response: list[int], noise: np.ndarray | None = None) -> np.ndarray:
+        """Losses of the response; ``noise`` (tokens, width) goes onto the embeddings."""
         import torch
         import torch.nn.functional as F
 
         ids = torch.tensor([prompt + response])
-        logits = self.model(ids).logits[0, :-1]
+        if noise is None:
+            logits = self.model(ids).logits[0, :-1]
+        else:
+            embeddings = self.model.get_input_embeddings()(ids) + torch.from_numpy(noise)
+            logits = self.model(inputs_embeds=embeddings).logits[0, :-1]
         first = max(len(prompt), 1)
-        return F.cross_entropy(logits[first - 1 :], ids[0, first:]).item()
+        return F.cross_entropy(logits[first - 1 :], ids[0, first:], reduction="none").numpy()
+
+
+class PlainTshirt(PlainLoop):
+    """T-SHIRT's S-IFD in the same loop, copy by copy."""
+
+    def __init__(self, copies: int) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def scores(self, rows: list[dict[str, str]]) -> list[float]:
+        import torch
+
+        from ftrun.select.scorers.tshirt import noise
+
+        width = self.model.config.hidden_size
+        gaps: list[list[np.ndarray]] = []
+        with torch.no_grad():
+            for row in rows:
+                prompt, response = self._ids(row)
+                gaps.append([])
+                for copy in range(self.copies):
+                    drawn = noise(prompt, response, width, 5.0, (copy, 0))
+                    conditional = self._losses(prompt, response, drawn)
+                    gaps[-1].append(conditional[1:] - self._losses([], response, drawn[len(prompt) :]))
+        tau = np.percentile(np.abs(np.concatenate([gap for copies in gaps for gap in copies])), 50)
+        return [float(np.mean([self._selective(gap, float(tau)) for gap in copies])) for copies in gaps]
+
+    @staticmethod
+    def _selective(gap: np.ndarray, tau: float) -> float:
+        counted = gap[np.abs(gap) > tau]
+        return float(np.exp(counted.mean(dtype=np.float64))) if len(counted) else 1.0
 
 
 class Engine:
     """The same by ftrun's scorer with its default settings; tokenising is timed, loading is not, as in the loop."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, method: str, words: list[str]) -> None:
         from ftrun.config.settings import LaunchConfig, ModelConfig
         from ftrun.models.load import load_bundle
         from ftrun.training.distributed import Team
         from ftrun.training.progress import Reporter
 
-        self.folder = folder
+        self.folder, self.method, self.words = folder, method, words
         self.team, self.report = Team(LaunchConfig(threads=threads)), Reporter(rank=0)
         self.bundle = load_bundle(ModelConfig(), task="causal", device=self.team.device)
 
@@ -103,21 +144,25 @@ class Engine:
 
         file = self.folder / "chunk.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        settings = load(["recipe=superfiltering", f"data.path={file}"]).settings
+        settings = load([f"recipe={self.method}", f"data.path={file}", *self.words]).settings
         ctx = Context(settings, self.folder, self.team, self.report)
         ctx.scoring = Scoring(lambda: self.bundle, self.team, self.report, settings.select.batch_tokens)
-        return (
-            settings.component("select").score(load_pool(settings.data, self.folder / "data", 0), ctx)["ifd"].tolist()
-        )
+        scorer = settings.component("select")
+        return scorer.score(load_pool(settings.data, self.folder / "data", 0), ctx)[scorer.column].tolist()
 
 
-def race(file: Path, threads: int, folder: Path) -> dict[str, Any]:
+def race(file: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds and scores of both over the same rows, taking turns every few rows: the machine's moods hit both."""
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    contenders: dict[str, Any] = {"loop": PlainLoop(), "engine": Engine(folder, threads)}
+    tshirt = options.method == "tshirt"
+    words = [f"select.copies={options.copies}"] if tshirt else []
+    contenders: dict[str, Any] = {
+        "loop": PlainTshirt(options.copies) if tshirt else PlainLoop(),
+        "engine": Engine(folder, options.threads, options.method, words),
+    }
     found: dict[str, Any] = {name: {"seconds": 0.0, "scores": []} for name in contenders}
     for contender in contenders.values():
         contender.scores(rows[:1])  # the first call of a kernel is slower
@@ -129,13 +174,15 @@ def race(file: Path, threads: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def select(file: Path, words: list[str], out: Path) -> np.ndarray:
+def select(file: Path, words: list[str], out: Path, options: argparse.Namespace) -> np.ndarray:
     """Scores that `ftrun select` writes, by row."""
     import pyarrow.parquet as parquet
 
     from ftrun.models.demo import smollm2_135m
 
-    command = [sys.executable, "-m", "ftrun", "select", "recipe=superfiltering", f"data.path={file}", "budget=0.5"]
+    command = [sys.executable, "-m", "ftrun", "select", f"recipe={options.method}", f"data.path={file}", "budget=0.5"]
+    if options.method == "tshirt":
+        words = [*words, f"select.copies={options.copies}"]
     command += [f"model.path={smollm2_135m()}"]
     # a cache of its own: otherwise the second variant would find the first one's scores
     environment = os.environ | {"FTRUN_CACHE": str(out.with_suffix(".cache"))}
@@ -143,7 +190,7 @@ def select(file: Path, words: list[str], out: Path) -> np.ndarray:
         subprocess.run([*command, *words, f"out={out}"], env=environment, stdout=log, stderr=log, check=True)
     table = parquet.read_table(out / "selection/scores.parquet").to_pydict()
     scores = np.full(len(table["id"]), np.nan)
-    scores[np.array(table["id"])] = table["ifd"]
+    scores[np.array(table["id"])] = table[COLUMN[options.method]]
     return scores
 
 
@@ -151,16 +198,17 @@ def largest(one: Any, other: Any) -> float:
     return float(np.nanmax(np.abs(np.asarray(one) - np.asarray(other))))
 
 
-def in_own_process(file: Path, folder: Path, threads: int) -> dict[str, Any]:
+def in_own_process(file: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     words = [sys.executable, __file__, "--worker", "race", "--file", str(file), "--folder", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    subprocess.run([*words, "--threads", str(threads)], env=environment, check=True, stderr=subprocess.DEVNULL)
+    words += ["--threads", str(options.threads), "--method", options.method, "--copies", str(options.copies)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    subprocess.run(words, env=environment, check=True, stderr=subprocess.DEVNULL)
     return json.loads((folder / "race.json").read_text())
 
 
 def compare(file: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    found = in_own_process(file, folder, options.threads)
+    found = in_own_process(file, folder, options)
     loop, ours = found["loop"], found["engine"]
     count = len(loop["scores"])
     facts: dict[str, Any] = {
@@ -180,7 +228,7 @@ def compare(file: Path, folder: Path, options: argparse.Namespace) -> dict[str, 
     for name, (words, shuffled) in VARIANTS.items():
         rows = folder / f"{name.replace(' ', '-')}.jsonl"
         rows.write_text("".join(few[i] for i in order) if shuffled else "".join(few))
-        scores = select(rows, words, folder / name.replace(" ", "-"))
+        scores = select(rows, words, folder / name.replace(" ", "-"), options)
         if shuffled:
             scores = scores[np.argsort(order)]
         reference = scores if reference is None else reference
@@ -190,6 +238,8 @@ def compare(file: Path, folder: Path, options: argparse.Namespace) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--method", choices=tuple(COLUMN), default="superfiltering")
+    parser.add_argument("--copies", type=int, default=4, help="noisy copies of every row, for tshirt")
     parser.add_argument("--rows", type=int, default=100, help="rows of each kind")
     parser.add_argument("--invariance", type=int, default=60, help="rows of the invariance runs; 0 leaves them out")
     parser.add_argument("--threads", type=int, default=2)
@@ -199,9 +249,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         file, folder = Path(options.file), Path(options.folder)
-        (folder / "race.json").write_text(json.dumps(race(file, options.threads, folder)))
+        (folder / "race.json").write_text(json.dumps(race(file, folder, options)))
         return
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"method": options.method}
     with tempfile.TemporaryDirectory() as scratch:
         for kind, source in ROWS.items():
             folder = Path(scratch) / kind

@@ -25,6 +25,8 @@ from ftrun.config.values import check_values
 from ftrun.errors import ConfigError, nearest
 from ftrun.registry import Spec
 
+POOL_KEYS = ("path", "format", "columns", "weights", "split", "limit", "system")  # of data: which rows there are
+
 
 @dataclass
 class Composed:
@@ -68,6 +70,58 @@ def load(overrides: Sequence[str]) -> Composed:
         raise explain(error, overrides) from None
     choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
     return resolve(config, choices, overrides)
+
+
+def recipe_names(overrides: Sequence[str]) -> list[str]:
+    """The recipes of ``recipe=a,b,c``; empty when it names none."""
+    said = [word.removeprefix("recipe=").strip("'\"") for word in overrides if word.startswith("recipe=")]
+    return [name.strip() for name in said[-1].split(",") if name.strip()] if said else []
+
+
+def load_each(overrides: Sequence[str]) -> list[Composed]:
+    """Compose every recipe of ``recipe=a,b,c`` with the same further overrides.
+
+    Raises ConfigError for an override that does not fit all of them, and for a recipe that comes twice.
+    """
+    others = [word for word in overrides if not word.startswith("recipe=")]
+    fine: list[Composed] = []
+    refused: dict[str, ConfigError] = {}
+    for name in recipe_names(overrides):
+        recipes.find(name)  # an unknown name is no matter of overrides
+        try:
+            fine.append(load([f"recipe={name}", *others]))
+        except ConfigError as error:
+            refused[name] = error
+    names = [composed.settings.recipe or "" for composed in fine]
+    for name, error in refused.items():
+        if not fine:
+            raise error
+        todo = f"{' and '.join(names)} would take it, but with several recipes an override must fit all of them."
+        raise ConfigError(f"recipe {name}: {error.what}", error.where, todo)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ConfigError(f"recipe {twice} is named twice", f"recipe={','.join(names)}", "Name it once.")
+    _check_one_pool(fine)
+    return fine
+
+
+def _check_one_pool(methods: Sequence[Composed]) -> None:
+    """Refuse recipes that select nothing, and recipes that would read different rows."""
+    first = methods[0].settings
+    for settings in (composed.settings for composed in methods):
+        if not settings.selects:
+            raise ConfigError(
+                f"recipe {settings.recipe} selects no rows", f"recipe={settings.recipe}", "Leave it out of the list."
+            )
+        for key in POOL_KEYS:
+            mine, others = getattr(settings.data, key), getattr(first.data, key)
+            if mine != others:
+                raise ConfigError(
+                    f"recipes {first.recipe} and {settings.recipe} read different rows: data.{key} is {others} and {mine}",
+                    todo=f"Set data.{key} on the command line, or select apart.",
+                )
+        if settings.seed != first.seed:
+            raise ConfigError(f"recipes {first.recipe} and {settings.recipe} set different seeds", todo="Set seed=0.")
 
 
 def check_all(overrides: Sequence[str], limit: int = 32) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,8 @@ def settings_from(plain: dict[str, Any]) -> Settings:
     plain = dict(plain)
     select = dict(plain.pop("select"))
     picker = dict(select.pop("picker"))
-    shared = {
-        "model_path": select.pop("model")["path"],
-        "batch_tokens": select.pop("batch_tokens"),
-        "queries": select.pop("queries"),
-        "unscored": select.pop("unscored"),
-    }
+    shared = {"model_path": select.pop("model")["path"]}
+    shared |= {knob.name: select.pop(knob.name) for knob in fields(SelectConfig) if knob.name in select}
     values = {"select": select, "picker": picker} | {
         slot: dict(plain.pop(slot)) for slot in registry.SLOTS if slot in plain and slot != "eval"
     }

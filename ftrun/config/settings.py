@@ -92,8 +92,12 @@ class SelectConfig:
     batch_tokens: int | None = (
         None  # upper bound of the tokens in one scoring batch; null: 1024 on a CPU, 4096 on a GPU
     )
-    queries: list[str] = field(default_factory=list)  # files of rows like those wanted, one a task: for targeted methods
+    queries: list[str] = field(
+        default_factory=list
+    )  # files of rows like those wanted, one a task: for targeted methods
     unscored: Literal["drop", "keep"] = "drop"  # rows that a scorer cannot score: never picked, or picked last
+    dedup: Literal["minhash", "embedding"] | None = None  # leave near-duplicates out, found by words or embeddings
+    dedup_threshold: float | None = None  # similarity of duplicates; null: 0.8 (minhash), 0.95 (embedding)
 
 
 @dataclass
@@ -130,6 +134,11 @@ class Settings(RootConfig):
 
     def choice(self, slot: str) -> str:
         return self.slots[slot][0]
+
+    @property
+    def selects(self) -> bool:
+        """Whether the selection stage has anything to do: a scorer, a picker, or near-duplicates to leave out."""
+        return (self.choice("select"), self.choice("picker")) != ("none", "own") or self.select.dedup is not None
 
     def component(self, slot: str) -> Any:
         """Import and create the chosen component of a slot."""

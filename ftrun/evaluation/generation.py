@@ -68,7 +68,7 @@ class Generation(Evaluator):
         answered: list[dict[str, Any]] = []
         with ctx.report.task("generate answers", sum(map(len, mine)), unit="rows") as task:
             for batch in mine:
-                outputs = self._generate(bundle, [prompt.ids for prompt in batch], stops, ctx.seed)
+                outputs = self.generate(bundle, [prompt.ids for prompt in batch], stops, ctx.seed)
                 for prompt, ids in zip(batch, outputs, strict=True):
                     answered.append(self._judge(bundle.tokenizer, prompt, ids, stops))
                 task.advance(len(batch))
@@ -108,7 +108,7 @@ class Generation(Evaluator):
             found.append(prompt)
         return found
 
-    def _generate(self, bundle: Bundle, prompts: list[list[int]], stops: list[int], seed: int) -> list[list[int]]:
+    def generate(self, bundle: Bundle, prompts: list[list[int]], stops: list[int], seed: int) -> list[list[int]]:
         """New tokens of every prompt, up to and with the first stop token."""
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), bundle.pad_id)

@@ -63,6 +63,21 @@ def token_nll(hidden: Tensor, head: Head, target_ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def token_entropy(hidden: Tensor, head: Head) -> Tensor:
+    """Entropy in nats of what each of the hidden states (n, width) predicts, (n,), in at least float32; no gradient.
+
+    At most ``LOGITS_BYTES`` of logits exist at a time.
+    """
+    if head.weight is not None:
+        hidden = hidden.to(head.weight.dtype)
+    entropy = hidden.new_empty(len(hidden), dtype=_accurate(hidden.dtype))
+    for rows in _chunks(len(hidden), head.vocabulary, entropy.element_size(), buffers=3):
+        logits = head.logits(hidden[rows]).to(entropy.dtype)
+        entropy[rows] = torch.special.entr(logits.softmax(1)).sum(1)  # 0 where a probability is 0
+    return entropy
+
+
+@torch.no_grad()
 def _nll_in_cache(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, cap: float | None
 ) -> Tensor:

@@ -79,3 +79,13 @@ def kept_output(module: nn.Module) -> Iterator[list[Any]]:
         yield kept
     finally:
         handle.remove()
+
+
+@contextmanager
+def changed_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A context in which ``module`` gives ``change`` of its output."""
+    handle = module.register_forward_hook(lambda *call: change(call[-1]))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -18,6 +18,7 @@ from ftrun.training.view import StepView
 class Classify(Objective):
     """Cross-entropy of one label a row, on the logits of the model's classification head."""
 
+    lacks: ClassVar[dict[str, str]] = {"token_loss": "has one loss a row"}
     kind: ClassVar[Kind] = "labels"
 
     label_smoothing: float = 0.0  # probability mass spread over the other labels

@@ -23,6 +23,7 @@ class Dpo(Objective):
     ipo ``(h - 1 / (2 beta))^2`` with length-averaged log-probabilities (Azar et al., 2023, arXiv:2310.12036).
     """
 
+    lacks: ClassVar[dict[str, str]] = {"token_loss": "compares whole responses"}
     kind: ClassVar[Kind] = "pairs"
     uses_reference: ClassVar[bool] = True
 

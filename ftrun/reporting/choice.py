@@ -13,8 +13,9 @@ from ftrun.reporting.rows import prompt_and_response
 from ftrun.reporting.run import Run
 
 EACH = 10  # rows of a group
+AUDITED = 20  # rows of a group on the page of the selection alone
 REASONS = 3  # why rows have no score
-KEYS = ("id", "selected", "rank", "source")
+KEYS = ("id", "selected", "rank", "source", "duplicate_of")
 
 
 def selection_section(run: Run) -> Markup | None:
@@ -32,10 +33,8 @@ def selection_section(run: Run) -> Markup | None:
             " of every row of the pool; picked rows stand out. The outermost bars hold what lies beyond them.",
         ]
         if np.isfinite(values).any():
-            parts.append(
-                _figure(histogram(values, picked, f"histogram of {column}", column.replace("_", " ")), caption)
-            )
-    parts += [_lengths(run, picked), _other_columns(scores, picked, column)]
+            parts.append(figure(histogram(values, picked, f"histogram of {column}", column.replace("_", " ")), caption))
+    parts += [length_figure(run, picked), other_columns(scores, picked, column)]
     if column:
         parts += _examples(run, column)
     return Markup("".join(part for part in parts if part))
@@ -50,27 +49,30 @@ def score_column(run: Run) -> str | None:
     return next((wish for wish in (said, name, "score") if wish in columns), columns[0] if columns else None)
 
 
-def example_rows(selected: np.ndarray, score: np.ndarray, rank: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Positions worth reading, by heading; no row twice. The selection stage keeps the text of these rows.
+def example_rows(
+    selected: np.ndarray, score: np.ndarray, rank: np.ndarray | None = None, each: int = EACH, once: bool = True
+) -> dict[str, np.ndarray]:
+    """Positions worth reading, by heading; with ``once`` no row twice. The selection stage keeps the text of these rows.
 
     selected: (rows,) bool. score: (rows,), higher is better, NaN is left out. rank: (rows,) place of the picked rows.
+    each: rows of a group at most.
     """
     order = np.argsort(-score, kind="stable")
     order = order[np.isfinite(score[order])]
     inside, outside = order[selected[order]], order[~selected[order]]
     if not len(inside):
-        return {"Lowest scores": outside[-EACH:]}
+        return {"Lowest scores": outside[-each:]}
     lowest = score[inside[-1]]
     best = inside if rank is None else inside[np.argsort(rank[inside], kind="stable")]
     under = outside[score[outside] <= lowest]
     groups = {
-        "Best of the choice": best[:EACH],
-        "Around the cut": np.concatenate([inside[-EACH // 2 :], under[: EACH // 2]]) if len(under) else inside[:0],
-        "Left out although they score higher": outside[score[outside] > lowest][: EACH // 2],
-        "Lowest scores": order[-EACH:],
+        "Best of the choice": best[:each],
+        "Around the cut": np.concatenate([inside[-each // 2 :], under[: each // 2]]) if len(under) else inside[:0],
+        "Left out although they score higher": outside[score[outside] > lowest][: each // 2],
+        "Lowest scores": order[-each:],
     }
     shown: set[int] = set()
-    for heading, rows in groups.items():
+    for heading, rows in groups.items() if once else ():
         groups[heading] = np.array([row for row in rows.tolist() if row not in shown], dtype=np.int64)
         shown |= set(rows.tolist())
     return groups
@@ -107,7 +109,8 @@ def _reasons(unscored: dict[str, Any]) -> str:
     return ": " + "; ".join(f"{why} ({counts[why]:,})" if len(counts) > 1 else why for why in ordered)
 
 
-def _lengths(run: Run, picked: np.ndarray) -> Markup | None:
+def length_figure(run: Run, picked: np.ndarray) -> Markup | None:
+    """Tokens of the choice against the pool; None where nothing would be seen that the scores do not show."""
     lengths = run.row_lengths
     column = score_column(run)
     if lengths is None or not np.isfinite(lengths[picked]).any():
@@ -116,19 +119,18 @@ def _lengths(run: Run, picked: np.ndarray) -> Markup | None:
         return None  # the score is the length: its histogram shows this already
     medians = np.nanmedian(lengths), np.nanmedian(lengths[picked])
     caption = f"Tokens of a row: the choice filled (median {medians[1]:.0f}), the whole pool as a line (median {medians[0]:.0f})."
-    return _figure(compared(lengths, lengths[picked], "row lengths", "tokens"), [caption])
+    return figure(compared(lengths, lengths[picked], "row lengths", "tokens"), [caption])
 
 
-def _other_columns(scores: dict[str, np.ndarray], picked: np.ndarray, column: str | None) -> Markup | None:
+def other_columns(scores: dict[str, np.ndarray], picked: np.ndarray, column: str | None) -> Markup | None:
+    """Small histograms of every score but ``column``."""
     names = [name for name, values in scores.items() if name not in (column, *KEYS) and values.dtype.kind == "f"]
     plots = []
     for name in names:
         values = scores[name].astype(float)
         if np.isfinite(values).any():
             label = name.replace("_", " ")
-            plots.append(
-                _figure(histogram(values, picked, f"histogram of {label}", "", width=370, height=140), [label])
-            )
+            plots.append(figure(histogram(values, picked, f"histogram of {label}", "", width=370, height=140), [label]))
     return tag("div", *plots, class_="small-multiples") if plots else None
 
 
@@ -137,11 +139,24 @@ def _examples(run: Run, column: str) -> list[Markup]:
     rank = scores["rank"].astype(float) if "rank" in scores else None
     groups = example_rows(scores["selected"].astype(bool), scores[column].astype(float), rank)
     filled = [(heading, rows) for heading, rows in groups.items() if len(rows)]
-    return [_rows(run, heading, rows, column, at == 0) for at, (heading, rows) in enumerate(filled)]
+    return [rows_group(run, heading, rows, column, at == 0) for at, (heading, rows) in enumerate(filled)]
 
 
-def _rows(run: Run, title: str, positions: np.ndarray, column: str, opened: bool) -> Markup:
+def rows_group(
+    run: Run,
+    title: str,
+    positions: np.ndarray,
+    column: str | None,
+    opened: bool,
+    total: int | None = None,
+    below: Markup | None = None,
+) -> Markup:
+    """Rows to read, foldable, their scores at the side. ``positions``: places in scores.parquet.
+
+    ``total``: how many there are, if not all are shown; ``below``: what is said of the others.
+    """
     body = []
+    lengths = run.row_lengths
     texts = run.rows([int(run.scores["id"][at]) for at in positions])
     for at in positions:
         identity = int(run.scores["id"][at])
@@ -157,17 +172,22 @@ def _rows(run: Run, title: str, positions: np.ndarray, column: str, opened: bool
                 tag("div", clipped(response), class_="answered") if response else Markup(""),
             ]
         mark = tag("span", "picked" if picked else "left", class_=f"mark {'picked' if picked else 'left'}")
-        number = tag("div", numbers.plain(float(run.scores[column][at])), class_="score")
+        score = float(run.scores[column][at]) if column else float("nan")
+        number = tag("div", numbers.plain(score), class_="score") if np.isfinite(score) else None
         side = [number, tag("div", mark, f" row {identity}", class_="muted")]
+        if lengths is not None and np.isfinite(lengths[at]):
+            side.append(tag("div", f"{lengths[at]:,.0f} tokens", class_="muted"))
         body.append(tag("li", tag("div", *side, class_="side"), tag("div", *words, class_="words")))
     return tag(
         "details",
-        tag("summary", title, tag("span", f" {len(positions)} rows", class_="muted")),
-        tag("ol", *body, class_="rows"),
+        tag("summary", title, tag("span", f" {len(positions) if total is None else total:,} rows", class_="muted")),
+        tag("ol", *body, class_="rows") if body else None,
+        below,
         open=opened,
         class_="group",
     )
 
 
-def _figure(plot: Markup, caption: list[Markup | str]) -> Markup:
+def figure(plot: Markup, caption: list[Markup | str]) -> Markup:
+    """A plot with its caption."""
     return tag("figure", plot, tag("figcaption", *caption))

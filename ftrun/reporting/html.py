@@ -39,7 +39,7 @@ def render(run: Run) -> str:
     sections = [
         ("Key numbers", key_numbers(run)),
         ("Training", training_section(run)),
-        ("Selection", selection_section(run)),
+        ("Selection", _selection(run)),
         ("Token weights", weights_section(run)),
         ("Predictions", predictions_section(run)),
         ("Differences from the paper", _listed(run.config.get("differences"))),
@@ -65,6 +65,12 @@ def page(title: str, *body: Markup | None) -> str:
     return "<!DOCTYPE html>\n" + tag("html", tag("head", *head), tag("body", tag("main", *body)), lang="en") + "\n"
 
 
+def _selection(run: Run) -> Markup | None:
+    link = tag("p", tag("a", "The whole audit of the choice", href="selection/report.html"), ".")
+    parts = [selection_section(run), link if (run.path / "selection" / "report.html").is_file() else None]
+    return Markup("".join(part for part in parts if part)) or None
+
+
 def _recipe(run: Run) -> str:
     return str(run.summary.get("recipe") or run.config.get("recipe") or run.path.name)
 
@@ -79,13 +85,14 @@ def _header(run: Run) -> Markup:
         "header",
         tag("p", "ftrun report", class_="kicker"),
         tag("h1", _recipe(run), *badges),
-        _paper(run),
+        paper_line(run),
         _chain(run),
         _facts(run),
     )
 
 
-def _paper(run: Run) -> Markup | None:
+def paper_line(run: Run) -> Markup | None:
+    """The paper behind a run's recipe."""
     paper = run.config.get("paper")
     if not isinstance(paper, Mapping) or not paper.get("title"):
         return None
@@ -118,8 +125,8 @@ def _facts(run: Run) -> Markup | None:
         if value not in (None, "", 0):
             facts.append((name, text or str(value)))
 
-    add("model", _path(config.get("model")))
-    add("data", _path(config.get("data")))
+    add("model", path_text(config.get("model")))
+    add("data", path_text(config.get("data")))
     add("budget", config.get("budget"))
     if isinstance(summary.get("wall_s"), int | float):
         add("time", summary["wall_s"], numbers.duration(summary["wall_s"]))
@@ -140,16 +147,17 @@ def _facts(run: Run) -> Markup | None:
         add("final loss", summary["final_loss"], numbers.plain(summary["final_loss"]))
     if config.get("seed") is not None:
         facts.append(("seed", str(config["seed"])))
-    items = [tag("div", tag("dt", name), tag("dd", _breakable(text))) for name, text in facts]
+    items = [tag("div", tag("dt", name), tag("dd", breakable(text))) for name, text in facts]
     return tag("dl", *items, class_="facts") if items else None
 
 
-def _breakable(text: str) -> Markup:
+def breakable(text: str) -> Markup:
     """Text that may be broken after the separators of paths and names."""
     return Markup(re.sub(r"([:/_])", r"\1<wbr>", escape(text)))
 
 
-def _path(section: Any) -> str:
+def path_text(section: Any) -> str:
+    """The path that a section of the config names."""
     value = section.get("path") if isinstance(section, Mapping) else section
     return ", ".join(str(part) for part in value) if isinstance(value, list) else str(value or "")
 

@@ -30,6 +30,7 @@ class Run:
 
     path: Path
     unreadable: list[str] = field(default_factory=list)
+    selection_in: str = "selection"  # folder of the selection, below path
 
     @cached_property
     def config_text(self) -> str:
@@ -71,25 +72,30 @@ class Run:
     @cached_property
     def scores(self) -> dict[str, np.ndarray]:
         """Columns of scores.parquet."""
-        return self._columns("selection/scores.parquet")
+        return self._columns(f"{self.selection_in}/scores.parquet")
 
     @cached_property
     def selection(self) -> dict[str, Any]:
-        return self._json("selection/summary.json")
+        return self._json(f"{self.selection_in}/summary.json")
 
     @cached_property
     def row_lengths(self) -> np.ndarray | None:
         """Tokens of the rows of ``scores``, in their order, (rows,), NaN where unknown; None when nobody counted them."""
-        columns = self._columns("selection/lengths.parquet")
+        columns = self._columns(f"{self.selection_in}/lengths.parquet")
         if not {"id", "tokens"} <= columns.keys():
             return None
         known = dict(zip(columns["id"].tolist(), columns["tokens"].astype(float).tolist(), strict=True))
         return np.array([known.get(id, np.nan) for id in self.scores["id"].tolist()])
 
+    @cached_property
+    def audit(self) -> dict[str, np.ndarray]:
+        """Columns of audit.parquet, rows in the order of ``scores``."""
+        return self._columns(f"{self.selection_in}/audit.parquet")
+
     def rows(self, ids: Collection[int]) -> dict[int, dict[str, Any]]:
         """These rows by id, as far as they were chosen or kept as examples of those that were not."""
         wanted, found = set(ids), {}
-        for name in ("selection/examples.jsonl", "selection/selected.jsonl"):
+        for name in (f"{self.selection_in}/examples.jsonl", f"{self.selection_in}/selected.jsonl"):
             for row in self._read(name, lambda file, name=name: self._lines(file, name), iter(())):
                 identity = number(row.get("id"))
                 if identity in wanted:
@@ -99,11 +105,11 @@ class Run:
     @cached_property
     def tokens(self) -> dict[str, np.ndarray]:
         """Columns of tokens.parquet, the tokens themselves left out."""
-        return self._columns("selection/tokens.parquet", without="token")
+        return self._columns(f"{self.selection_in}/tokens.parquet", without="token")
 
     def token_rows(self, ids: Collection[int]) -> dict[str, np.ndarray]:
         """All columns of tokens.parquet for these rows."""
-        return self._columns("selection/tokens.parquet", filters=[("id", "in", list(ids))])
+        return self._columns(f"{self.selection_in}/tokens.parquet", filters=[("id", "in", list(ids))])
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:

@@ -84,7 +84,7 @@ def _delta(change: Change) -> str:
 def _took(run: Run) -> str:
     summary, parts = run.summary, []
     if isinstance(summary.get("steps"), int) and summary["steps"]:
-        parts.append(f"{summary['steps']:,} steps")
+        parts.append(f"{summary['steps']:,} step{'s' * (summary['steps'] != 1)}")
     if isinstance(summary.get("tokens"), int) and summary["tokens"]:
         parts.append(f"{numbers.quantity(summary['tokens'])} tokens")
     if isinstance(summary.get("wall_s"), int | float):

@@ -97,7 +97,7 @@ def _coloured(columns: dict[str, np.ndarray], identity: int, top: float, tokeniz
         at = at[np.argsort(columns["position"][at], kind="stable")]
     kept, weight = at[:TOKENS], columns["weight"].astype(float)
     tokens = [
-        token_markup(_text(columns["token"][i], tokenizer), float(weight[i]), hint, top)
+        token_markup(token_text(columns["token"][i], tokenizer), float(weight[i]), hint, top)
         for i, hint in zip(kept, _hints(columns, kept), strict=True)
     ]
     cut = [tag("span", f" … {len(at) - len(kept):,} more tokens", class_="muted")] if len(at) > len(kept) else []
@@ -111,7 +111,7 @@ def _hints(columns: dict[str, np.ndarray], at: np.ndarray) -> Sequence[str]:
     return [f"score {float(columns['score'][i]):.4g}" for i in at]
 
 
-def _text(token: Any, tokenizer: Tokenizer | None) -> str:
+def token_text(token: Any, tokenizer: Tokenizer | None) -> str:
     """The token as text; an id that no tokenizer explains is bracketed."""
     if isinstance(token, str):
         return token

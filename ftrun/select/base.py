@@ -30,6 +30,7 @@ class Table:
     embeddings: np.ndarray | None = None  # (rows, width), unit length, when a scorer or picker made them
     similarity: Similarity | None = None  # to the queries, from scorers that look for something
     reasons: dict[int, str] = field(default_factory=dict)  # row -> why it has no score
+    duplicate_of: np.ndarray | None = None  # (rows,) place of the row that each repeats, or -1, where that was asked
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -60,10 +61,19 @@ class Scorer:
     column: ClassVar[str] = "score"  # the column that pickers rank by, higher first
     passes: ClassVar[float] = 0.0  # forward passes over a row's tokens, for `ftrun plan`
     own_picker: ClassVar[str] = "top_k"  # the picker of the paper
+    gives_similarity: ClassVar[bool] = False  # says how near rows are to queries (Table.similarity)
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """Columns of (rows,) floats; NaN marks a row that cannot be scored."""
         raise NotImplementedError
+
+    def planned_tokens(self, lengths: np.ndarray) -> float:
+        """About how many tokens scoring rows of these lengths puts through the model, for `ftrun plan`."""
+        return float(lengths.sum()) * self.passes
+
+    def files(self) -> list[str]:
+        """Files of rows that knobs name: what they hold belongs to the key of the stage cache."""
+        return []
 
     def keep(self, table: Table) -> np.ndarray:
         """Rows that the method admits at all, (rows,) bool; the paper's filter."""
@@ -78,6 +88,7 @@ class Picker:
     lacks: ClassVar[dict[str, str]] = {}
     budget_use: ClassVar[Literal["required", "optional", "none"]] = "required"
     needs_scores: ClassVar[bool] = True  # ranks by a column; False: works with select=none too
+    needs_similarity: ClassVar[bool] = False  # picks by how near rows are to queries
 
     def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
         """Places in the pool of the picked rows, best first, out of ``candidates`` (places). ``column`` is ranked higher first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -15,7 +16,6 @@ from ftrun.select.texts import added_ids, row_text
 if TYPE_CHECKING:
     from ftrun.context import Context
     from ftrun.data.batches import Batch
-    from ftrun.data.pool import Pool
     from ftrun.data.records import Record
     from ftrun.models.bundle import Bundle
 
@@ -23,7 +23,10 @@ MINILM_LENGTH = 256  # tokens that all-MiniLM-L6-v2 was trained to read; longer 
 
 
 def embed_rows(
-    pool: Pool, ctx: Context, model: Literal["minilm", "model"] = "minilm", of: Literal["prompt", "row"] = "row"
+    pool: Iterable[Record],
+    ctx: Context,
+    model: Literal["minilm", "model"] = "minilm",
+    of: Literal["prompt", "row"] = "row",
 ) -> np.ndarray:
     """Mean of the last hidden states over the tokens of each row, scaled to length 1, (rows, width) float32.
 
@@ -33,6 +36,26 @@ def embed_rows(
     limit = scoring.bundle.context_length if model == "model" else min(MINILM_LENGTH, scoring.bundle.context_length)
     texts = ["\n".join(_prompt_text(record) if of == "prompt" else row_text(record)) for record in pool]
     return embed_texts(texts, scoring, limit)
+
+
+def embed_pieces(
+    records: Iterable[Record], ctx: Context, model: Literal["minilm", "model"], characters: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of the texts of the records, cut into pieces of so many characters.
+
+    Vectors as `embed_rows` makes them, (pieces, width), and the record that each piece belongs to, (pieces,).
+    """
+    scoring = ctx.scorer if model == "model" else _encoder(ctx)
+    limit = scoring.bundle.context_length if model == "model" else min(MINILM_LENGTH, scoring.bundle.context_length)
+    pieces: list[str] = []
+    owner: list[int] = []
+    for number, record in enumerate(records):
+        text = "\n".join(row_text(record))
+        parts = [text[start : start + characters] for start in range(0, len(text), characters)]
+        filled = [part for part in parts if part.strip()]
+        pieces += filled
+        owner += [number] * len(filled)
+    return embed_texts(pieces, scoring, limit), np.array(owner, np.int64)
 
 
 def embed_texts(texts: list[str], scoring: Scoring, limit: int) -> np.ndarray:

@@ -55,6 +55,11 @@ def load_queries(settings: Settings) -> Queries:
             "select.queries=[]",
             "Name a file of rows of the kind wanted, one a task: select.queries=[dev.jsonl].",
         )
+    return load_rows(settings, paths)
+
+
+def load_rows(settings: Settings, paths: list[str]) -> Queries:
+    """The rows of these files, laid out as the pool is. Raises DataError for a bad file."""
     folder: Path = cache_dir() / "data"
     data = replace(settings.data, limit=None, weights=None)
     return Queries([load_pool(replace(data, path=path), folder, settings.seed) for path in paths])

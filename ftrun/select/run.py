@@ -18,10 +18,13 @@ import pyarrow.parquet as pq
 from ftrun.artifacts import disk_guard, write_json, written_together
 from ftrun.config.values import parse_budget
 from ftrun.errors import ConfigError, DataError
-from ftrun.reporting.choice import example_rows
+from ftrun.select.audit import Audit, audit, rows_to_keep
 from ftrun.select.base import Budget, Picker, Scorer, Table
+from ftrun.select.content import Content
+from ftrun.select.dedup import THRESHOLD, duplicates
 from ftrun.select.pickers.own import Own
 from ftrun.select.scoring import Scoring
+from ftrun.select.shared import Shared
 from ftrun.select.texts import encode, row_text
 
 if TYPE_CHECKING:
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
     from ftrun.models.bundle import Bundle
 
 NAMED_IDS = 20  # rows that summary.json names a reason
-FILES = ("lengths.parquet", "examples.jsonl", "scores.parquet", "selected.jsonl", "summary.json")
+FILES = ("lengths.parquet", "audit.parquet", "examples.jsonl", "scores.parquet", "selected.jsonl", "summary.json")
+EMBEDDINGS = "embeddings.npy"  # where the scorer made some and they are not too many
 
 
 @dataclass
@@ -43,11 +47,17 @@ class Selected:
 
 
 def run_selection(
-    settings: Settings, pool: Pool, load: Callable[[], Bundle], ctx: Context, tokenizer: Any = None
+    settings: Settings,
+    pool: Pool,
+    load: Callable[[], Bundle],
+    ctx: Context,
+    tokenizer: Any = None,
+    shared: Shared | None = None,
 ) -> Selected:
     """Choose rows of the pool as the config says and write selection/ into the run folder.
 
-    ``load`` gives the model that scores; without need of it only its ``tokenizer`` is used.
+    ``load`` gives the model that scores; without need of it only its ``tokenizer`` is used. With ``shared``, finished
+    texts stay until the caller discards them.
 
     Raises ConfigError for a missing or useless budget, DataError when nothing is picked.
     """
@@ -56,10 +66,12 @@ def run_selection(
     if isinstance(picker, Own):
         picker = picker.of(scorer)
     budget = _budget(settings, scorer, picker, len(pool))
-    folder = ctx.out / "selection"
+    folder = ctx.selection
     ctx.scoring = Scoring(
         load, ctx.team, ctx.report, settings.select.batch_tokens, folder / "shards", own_tokenizer=tokenizer
     )
+    if shared:
+        ctx.scoring = shared.engine(settings, ctx.scoring)
     try:
         table = _score(scorer, pool, ctx)
         picked = _pick(settings, scorer, picker, table, budget, ctx)
@@ -68,8 +80,10 @@ def run_selection(
         admitted = scorer.keep(table)
         _check(settings, scorer, budget, table, admitted, selected, ctx)
         if ctx.team.rank == 0:
-            _write(folder, settings, pool, selected, admitted, scorer.column, ctx)
-        ctx.scoring.discard()
+            content = shared.content if shared else Content(pool, settings.seed)
+            _write(folder, settings, pool, selected, admitted, scorer.column, content, ctx)
+        if not shared:
+            ctx.scoring.discard()
     finally:
         ctx.scoring = None
     return selected
@@ -82,6 +96,12 @@ def _budget(settings: Settings, scorer: Scorer, picker: Picker, rows: int) -> Bu
         raise ConfigError(
             f"picker={settings.choice('picker')} ranks by a score, and select={name} gives none",
             todo="Choose a scorer: select=random.",
+        )
+    if picker.needs_similarity and not scorer.gives_similarity:
+        raise ConfigError(
+            f"picker={settings.choice('picker')} picks rows near your queries, and select={name} compares with none",
+            f"select={name} select.picker={settings.choice('picker')}",
+            "Use select=rds_plus, embedding_similarity or less, with select.queries=[dev.jsonl]; or another picker.",
         )
     wanted = parse_budget(settings.budget)
     if wanted is None:
@@ -126,12 +146,19 @@ def _lengths(pool: Pool, ctx: Context) -> np.ndarray:
 
 
 def _pick(settings: Settings, scorer: Scorer, picker: Picker, table: Table, budget: Budget, ctx: Context) -> np.ndarray:
-    candidates = np.flatnonzero(scorer.keep(table) & ~_unscored(scorer, table))
+    unscored = _unscored(scorer, table)
+    scored = scorer.keep(table) & ~unscored
+    last = np.flatnonzero(unscored) if settings.select.unscored == "keep" else np.zeros(0, np.int64)
+    if settings.select.dedup:
+        eligible = np.union1d(np.flatnonzero(scored), last)  # a row that cannot be picked stands for none that can
+        table.duplicate_of = duplicates(table, eligible, settings.select.dedup, settings.select.dedup_threshold, ctx)
+        scored &= table.duplicate_of < 0
+        last = last[table.duplicate_of[last] < 0]
+    candidates = np.flatnonzero(scored)
     picked = np.zeros(0, np.int64)
     if len(candidates):
         picked = np.asarray(picker.pick(table, candidates, scorer.column, budget, ctx), np.int64)
-    if settings.select.unscored == "keep":
-        last = np.flatnonzero(_unscored(scorer, table))
+    if len(last):
         picked = budget.take(np.concatenate([picked, last]), table.lengths)
     return picked
 
@@ -153,9 +180,11 @@ def _check(
     unscored = _unscored(scorer, table)
     dropped = 0 if settings.select.unscored == "keep" else int(unscored.sum())
     filtered = int((~admitted & ~unscored).sum())
-    left = len(table) - dropped - filtered
+    repeated = _repeated(table)
+    left = len(table) - dropped - filtered - repeated
     counts = (
-        f"{len(table)} rows: {dropped} without a score, {filtered} left out by the method's filter, {left} to pick from"
+        f"{len(table)} rows: {dropped} without a score, {filtered} left out by the method's filter, "
+        f"{f'{repeated} near-duplicates, ' if repeated else ''}{left} to pick from"
     )
     if not len(selected.ids):
         reasons = Counter(table.reasons.values()).most_common(1)
@@ -182,7 +211,14 @@ def _check(
 
 
 def _write(
-    folder: Path, settings: Settings, pool: Pool, selected: Selected, admitted: np.ndarray, column: str, ctx: Context
+    folder: Path,
+    settings: Settings,
+    pool: Pool,
+    selected: Selected,
+    admitted: np.ndarray,
+    column: str,
+    content: Content,
+    ctx: Context,
 ) -> None:
     """All files of the stage, or none: they are made in a folder of their own and moved when they are all there."""
     table, ids = selected.table, selected.ids
@@ -195,10 +231,17 @@ def _write(
         "selected": pa.array(rank > 0),
         "rank": pa.array(rank, pa.int64(), mask=rank == 0),
     }
-    summary: dict[str, Any] = _summary(settings, pool, selected, admitted) | {"column": column or None}
-    with written_together(folder, FILES) as beside:
+    if table.duplicate_of is not None:
+        scores["duplicate_of"] = pa.array(pool.ids[table.duplicate_of], pa.int64(), mask=table.duplicate_of < 0)
+    found: Audit = audit(table, ids, admitted, content)
+    summary: dict[str, Any] = _summary(settings, pool, selected, admitted) | {"column": column or None} | found.facts
+    names = FILES if found.embeddings is None else (*FILES, EMBEDDINGS)
+    with written_together(folder, names) as beside:
+        if found.embeddings is not None:
+            np.save(beside / EMBEDDINGS, found.embeddings, allow_pickle=False)
+        pq.write_table(found.columns, beside / "audit.parquet")
         _write_rows(beside / "selected.jsonl", pool, pool.ids[ids])
-        _write_rows(beside / "examples.jsonl", pool, pool.ids[_examples(table, column, rank)])
+        _write_rows(beside / "examples.jsonl", pool, pool.ids[rows_to_keep(table, column, rank)])
         pq.write_table(pa.table(scores), beside / "scores.parquet")
         pq.write_table(
             pa.table({"id": number, "tokens": pa.array(table.lengths, pa.int64())}), beside / "lengths.parquet"
@@ -207,15 +250,8 @@ def _write(
     ctx.report.note(
         f"selected {summary['picked']:,} of {summary['pool']:,} rows, {summary['tokens']:,} tokens; "
         f"{summary['unscored']['rows']:,} without a score, {summary['filtered']:,} left out by the filter"
+        + (f", {summary['duplicates']['rows']:,} near-duplicates left out" if "duplicates" in summary else "")
     )
-
-
-def _examples(table: Table, column: str, rank: np.ndarray) -> np.ndarray:
-    """Places of the rows that the report shows, in the order of the pool."""
-    if not column:
-        return np.zeros(0, np.int64)
-    groups = example_rows(rank > 0, table.columns[column], np.where(rank > 0, rank, np.nan))
-    return np.unique(np.concatenate(list(groups.values())))
 
 
 def _write_rows(path: Path, pool: Pool, ids: np.ndarray) -> None:
@@ -247,9 +283,23 @@ def _summary(settings: Settings, pool: Pool, selected: Selected, admitted: np.nd
             "reasons": {why: {"rows": len(ids), "ids": ids[:NAMED_IDS]} for why, ids in sorted(reasons.items())},
         },
         "filtered": int((~admitted & ~unscored).sum()),
+        **_duplicates(settings, table),
         "picked": len(selected.ids),
         "tokens": int(table.lengths[selected.ids].sum()),
     }
+
+
+def _repeated(table: Table) -> int:
+    return 0 if table.duplicate_of is None else int((table.duplicate_of >= 0).sum())
+
+
+def _duplicates(settings: Settings, table: Table) -> dict[str, Any]:
+    method = settings.select.dedup
+    if method is None:
+        return {}
+    threshold = settings.select.dedup_threshold
+    used = THRESHOLD[method] if threshold is None else threshold
+    return {"duplicates": {"by": method, "threshold": used, "rows": _repeated(table)}}
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class Scoring:
         result = np.full(len(texts.input_ids), np.nan, np.float32)
         texts = replace(texts, sequences_per_row=1)
         asked = np.flatnonzero(texts.trained_counts() > 0)
-        found = self.measure(texts.rows(asked), "nll", _nll_of_batch, title, packable=True)
+        found = self.measure(texts.rows(asked), "nll", nll_of_batch, title, packable=True)
         for index, nll in zip(asked, found, strict=True):
             first, end = int(texts.offsets[index]), int(texts.offsets[index + 1])
             result[first + 1 : end][np.asarray(texts.loss_weight[first + 1 : end]) > 0] = nll
@@ -130,6 +130,11 @@ class Scoring:
         if places:
             self._run(texts, name, compute, sorted(places), places, title, packable)
         return [self._known[name, key] for key in keys]
+
+    def forget(self, name: str) -> None:
+        """Free the memory of a measure; asked for again it comes from the shards, or is computed anew."""
+        for known in [known for known in self._known if known[0] == name]:
+            del self._known[known]
 
     def discard(self) -> None:
         """Remove the shards; called once what was made from them is written."""
@@ -193,10 +198,7 @@ class Scoring:
         packed: bool,
     ) -> dict[bytes, np.ndarray]:
         indices = [places[key] for key in keys]
-        batch = collate(texts, [indices] if packed else [[index] for index in indices], self.bundle.pad_id)
-        widest = batch.input_ids.shape[1]
-        time = int(_aligned(widest)) if packed else min(int(_aligned(widest)), max(widest, self.bundle.context_length))
-        batch = _padded(batch, time, self.bundle.pad_id).to(self.bundle.device)
+        batch = aligned_batch(texts, indices, packed, self.bundle)
         values = [np.asarray(value, np.float32).reshape(-1) for value in compute(self.bundle, batch)]
         for value in values:
             if not np.isfinite(value).all():
@@ -265,7 +267,8 @@ def _inference(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _nll_of_batch(bundle: Bundle, batch: Batch) -> list[np.ndarray]:
+def nll_of_batch(bundle: Bundle, batch: Batch) -> list[np.ndarray]:
+    """Negative log-likelihood of every token asked for, an array a sequence: the measure of `Scoring.token_nll`."""
     hidden = bundle.architecture.hidden_states(bundle.model, batch)[batch.predicting]
     head = bundle.architecture.head(bundle.model)
     padding = -len(hidden) % ALIGNED
@@ -274,6 +277,14 @@ def _nll_of_batch(bundle: Bundle, batch: Batch) -> list[np.ndarray]:
     nll = torch.cat([token_nll(states, head, ids) for states, ids in parts])[: batch.trained_tokens]
     counts = torch.bincount(batch.target_sequence, minlength=batch.sequences).cpu().numpy()
     return np.split(nll.float().cpu().numpy(), np.cumsum(counts)[:-1])
+
+
+def aligned_batch(texts: TokenTable, indices: list[int], packed: bool, bundle: Bundle) -> Batch:
+    """These sequences in one row, or one a row, at a width that rounds as any other does; on the model's device."""
+    batch = collate(texts, [indices] if packed else [[index] for index in indices], bundle.pad_id)
+    widest = batch.input_ids.shape[1]
+    time = int(_aligned(widest)) if packed else min(int(_aligned(widest)), max(widest, bundle.context_length))
+    return _padded(batch, time, bundle.pad_id).to(bundle.device)
 
 
 def _aligned(lengths: Any) -> Any:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ftrun.context import Context
     from ftrun.data.records import Message, Record
 
-Form = Literal["alpaca", "plain", "chat"]
+Form = Literal["alpaca", "plain", "chat", "question"]
 
 ALPACA_HEAD = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -60,7 +60,7 @@ def read_turns(pool: Iterable[Record], ctx: Context, form: Form) -> Turns:
             prompts.append(_prompt(record, before, form, tokenizer, ctx.settings.data.columns))
             responses.append(answer)
     lead = [] if form == "chat" else added_ids(tokenizer)[0]  # a chat template writes its own
-    mark = {"alpaca": ALPACA_ANSWER, "plain": "", "chat": _chat_header(tokenizer) if form == "chat" else ""}[form]
+    mark = {"alpaca": ALPACA_ANSWER, "chat": _chat_header(tokenizer) if form == "chat" else ""}.get(form, "")
     return Turns(
         np.array(rows, np.int64),
         [lead + ids for ids in encode(tokenizer, prompts)],
@@ -103,6 +103,8 @@ def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 def _prompt(record: Record, before: tuple[Message, ...], form: Form, tokenizer: Any, columns: dict[str, str]) -> str:
     if form == "chat":
         return _chat_prompt(record, before, tokenizer)
+    if form == "question":
+        return _question_prompt(before)
     instruction, given = _alpaca_fields(record, columns) if len(before) == 1 else ("", "")
     if form == "plain":
         parts = [instruction, given] if instruction else [message.content for message in before]
@@ -122,6 +124,12 @@ def _alpaca_conversation(before: tuple[Message, ...]) -> str:
         elif message.role != "system":
             text += f"### Instruction:\n{message.content}\n\n"
     return text + ALPACA_ANSWER
+
+
+def _question_prompt(before: tuple[Message, ...]) -> str:
+    """Question and answer in lines of their own; a system prompt comes before the first question."""
+    heads = {"user": "Question:\n", "assistant": "Answer:\n"}
+    return "".join(f"{heads.get(message.role, '')}{message.content}\n\n" for message in before) + "Answer:\n"
 
 
 def _alpaca_fields(record: Record, columns: dict[str, str]) -> tuple[str, str]:

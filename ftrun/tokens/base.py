@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ftrun.context import Context
+    from ftrun.data.batches import Batch
     from ftrun.data.tokens import TokenTable
     from ftrun.training.view import StepView
 
@@ -23,6 +24,7 @@ class TokenPolicy:
     static: ClassVar[bool] = False  # has `precompute`
     dynamic: ClassVar[bool] = False  # has `weigh`
     whole_step: ClassVar[bool] = False  # `weigh` needs statistics of the whole optimiser step: overrides `statistic`
+    perturbs: ClassVar[bool] = False  # has `perturb`
 
     def precompute(self, table: TokenTable, ctx: Context) -> tuple[np.ndarray, np.ndarray]:
         """Scores and new loss weights of every token of the table, (tokens,) each; stored as selection/tokens.parquet.
@@ -39,5 +41,12 @@ class TokenPolicy:
         """Factors on the loss weights of the trained tokens, (tokens,), without gradient.
 
         ``view.step_statistics`` holds what `statistic` gave for the whole step.
+        """
+        raise NotImplementedError
+
+    def perturb(self, embeddings: Tensor, batch: Batch, seed: tuple[int, int]) -> Tensor:
+        """Token embeddings (rows, time, width) as the training forward pass sees them.
+
+        ``seed`` is that of the run and the number of the optimiser step.
         """
         raise NotImplementedError

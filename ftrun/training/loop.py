@@ -8,6 +8,7 @@ So the result depends neither on the number of processes nor on how a step is cu
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import time
@@ -56,6 +57,7 @@ class Trainer:
     parameters: dict[str, nn.Parameter]  # everything that may train, by name
     evaluate: Callable[[], float] | None  # held-out loss
     reference: Reference | None = None
+    title: str = "training"  # of the progress display
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -83,25 +85,26 @@ class Trainer:
 
     # ---- the whole run ----
 
-    def run(self, signals: StopSignals, resume: Path | None = None) -> Progress:
-        """Train to the last step, saving and evaluating on the way.
+    def run(self, signals: StopSignals, resume: Path | None = None, until: int | None = None) -> Progress:
+        """Train to the last step, or to step ``until`` and save there, saving and evaluating on the way.
 
         Raises Interrupted or Preempted after saving when somebody asked to stop, ComponentError when the loss is no number.
         """
         if resume:
-            self._restore(resume)
+            self.restore(resume)
         self.folder.mkdir(parents=True, exist_ok=True)
+        end = self.plan.steps if until is None else until
         with (
             self._metrics_file() as metrics,
-            self.ctx.report.task("training", self.plan.steps, unit="steps", start=self.progress.step) as bar,
+            self.ctx.report.task(self.title, end, unit="steps", start=self.progress.step) as bar,
         ):
             self._bar = bar
             signals.defer(True)
-            while self.progress.step < self.plan.steps:
+            while self.progress.step < end:
                 facts = self._step(self.progress.step)
                 self._log(facts, metrics, bar)
                 stop = self._anyone_asked_to_stop(signals)
-                self._save_and_evaluate(metrics, force=stop)
+                self._save_and_evaluate(metrics, force=stop or self.progress.step == end)
                 if stop:
                     break
             signals.defer(False)
@@ -179,7 +182,10 @@ class Trainer:
         return sums
 
     def _views(self, batches: list[Batch]) -> list[StepView]:
-        return [StepView(self.bundle.model, self.bundle.architecture, batch, self.reference) for batch in batches]
+        seed = (self.ctx.seed, self.progress.step)
+        perturb = functools.partial(self.tokens.perturb, seed=seed) if self.tokens.perturbs else None
+        model, architecture = self.bundle.model, self.bundle.architecture
+        return [StepView(model, architecture, batch, self.reference, perturb=perturb) for batch in batches]
 
     def _statistics(self, views: list[StepView]) -> Tensor:
         """What the token policy wants to know of the whole step, from every micro-batch of every process.
@@ -268,7 +274,8 @@ class Trainer:
             checkpoint.load(path, self.parameters, self.optimizer, self.adapter)
             self.ctx.report.note(f"best held-out loss was at step {step}: its weights are kept")
 
-    def _restore(self, path: Path) -> None:
+    def restore(self, path: Path) -> None:
+        """Put weights, optimiser and progress of a checkpoint in place. Raises CheckpointError, DataError when it does not fit."""
         data = self.progress.data
         self.progress = checkpoint.load(path, self.parameters, self.optimizer, self.adapter)
         if self.progress.data != data:

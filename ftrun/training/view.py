@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ftrun.data.batches import Batch
 from ftrun.models.architecture import Architecture
-from ftrun.models.head import token_nll
+from ftrun.models.head import token_entropy, token_nll
+from ftrun.models.wrappers import changed_output, unwrap
 
 
 @dataclass
@@ -28,16 +29,23 @@ class StepView:
     reference: Callable[[], AbstractContextManager[nn.Module]] | None = None  # yields the model before training
     step_statistics: Tensor | None = None  # what TokenPolicy.statistic gave for the whole optimiser step
     factors: Tensor | None = None  # what the token policy weighed, (tokens,); None: all ones
+    perturb: Callable[[Tensor, Batch], Tensor] | None = None  # TokenPolicy.perturb of this optimiser step
 
     @cached_property
     def hidden(self) -> Tensor:
         """Final hidden states at the positions that predict a trained token, (tokens, width)."""
-        return self.architecture.hidden_states(self.model, self.batch)[self.batch.predicting]
+        with self._perturbed():
+            return self.architecture.hidden_states(self.model, self.batch)[self.batch.predicting]
 
     @cached_property
     def token_nll(self) -> Tensor:
         """Negative log-likelihood of every trained token, (tokens,), with gradient."""
         return token_nll(self.hidden, self.architecture.head(self.model), self.batch.target_ids)
+
+    @cached_property
+    def token_entropy(self) -> Tensor:
+        """Entropy of the prediction of every trained token in nats, (tokens,), without gradient; no logits are kept."""
+        return token_entropy(self.hidden.detach(), self.architecture.head(self.model))
 
     @cached_property
     def logits(self) -> Tensor:
@@ -47,7 +55,8 @@ class StepView:
     @cached_property
     def class_logits(self) -> Tensor:
         """Logits of a sequence classifier, (sequences, labels)."""
-        return self.model(input_ids=self.batch.input_ids, attention_mask=self.batch.attention_mask).logits
+        with self._perturbed():
+            return self.model(input_ids=self.batch.input_ids, attention_mask=self.batch.attention_mask).logits
 
     @cached_property
     def reference_nll(self) -> Tensor:
@@ -62,6 +71,14 @@ class StepView:
         """Loss weight of every trained token, the token policy's factor included, (tokens,)."""
         static = self.batch.target_weights
         return static if self.factors is None else static * self.factors
+
+    def _perturbed(self) -> AbstractContextManager[None]:
+        """A context in which the token embedding gives what the token policy makes of it."""
+        change = self.perturb
+        if change is None:
+            return nullcontext()
+        embedding = unwrap(self.model).get_input_embeddings()  # type: ignore[operator]
+        return changed_output(embedding, lambda embeddings: change(embeddings, self.batch))
 
     def per_sequence_sum(self, values: Tensor) -> Tensor:
         """Sums of per-token values over each sequence, (sequences,)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ftrun.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from ftrun.config.compose import Composed
+    from ftrun.config.settings import Settings
 
 CHAIN_VERBS = ("train", "select")
 
@@ -18,8 +20,7 @@ CHAIN_VERBS = ("train", "select")
 def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool = False) -> dict[str, Any] | None:
     """Carry out ``verb``. Raises FtrunError."""
     if verb in (*CHAIN_VERBS, "plan", "preview"):
-        for slot in ("adapter", "objective"):
-            composed.settings.component(slot).check(composed.settings)
+        _check_parts(composed)
     if verb in CHAIN_VERBS:
         return _run_chain(verb, composed, list(overrides))
     if verb == "show":
@@ -32,6 +33,11 @@ def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool
         f"ftrun {verb} was at work", "Use a smaller model, model.dtype=bfloat16, or fewer tokens at a time."
     ):
         return _work(verb, composed, overrides, html)
+
+
+def _check_parts(composed: Composed) -> None:
+    for slot in ("adapter", "objective"):
+        composed.settings.component(slot).check(composed.settings)
 
 
 def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -> dict[str, Any] | None:
@@ -61,6 +67,22 @@ def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -
     )
 
 
+def run_together(methods: Sequence[Composed], overrides: Sequence[str]) -> dict[str, Any]:
+    """Select by several recipes in one run. Raises FtrunError."""
+    from ftrun.artifacts import new_run_folder
+    from ftrun.training import launch
+
+    for composed in methods:
+        _check_parts(composed)
+    settings = replace(methods[0].settings, recipe=",".join(str(one.settings.recipe) for one in methods))
+    settings.out = settings.out or settings.resume or str(new_run_folder("several", settings.as_dict()))
+    if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
+        return _run_processes("select", settings, list(overrides))
+    from ftrun.select.many import select_together
+
+    return select_together(settings, methods, ["ftrun", "select", *overrides])
+
+
 def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str, Any]:
     from ftrun.training import launch
 
@@ -70,18 +92,17 @@ def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str,
     if settings.recipe is None and verb == "train":
         raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
     if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
-        return _run_processes(verb, composed, overrides)
+        return _run_processes(verb, settings, overrides)
     from ftrun.chain import run
 
     return run(composed, verb, ["ftrun", verb, *overrides])
 
 
-def _run_processes(verb: str, composed: Composed, overrides: list[str]) -> dict[str, Any]:
+def _run_processes(verb: str, settings: Settings, overrides: list[str]) -> dict[str, Any]:
     """Start the processes with the same overrides and one run folder, and hand their outcome on."""
     from ftrun.artifacts import new_run_folder
     from ftrun.training import launch
 
-    settings = composed.settings
     out = settings.resume or settings.out or str(new_run_folder(settings.recipe, settings.as_dict()))
     words = [word for word in overrides if not word.startswith("out=")]
     pinned = words if settings.resume else [*words, f"out='{out}'"]

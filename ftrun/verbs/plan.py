@@ -111,7 +111,7 @@ def _stages(
     stages = []
     picked = lengths
     if settings.choice("select") != "none":
-        tokens = float(lengths.sum()) * settings.component("select").passes
+        tokens = settings.component("select").planned_tokens(lengths)
         stages.append(
             Stage(
                 "select",

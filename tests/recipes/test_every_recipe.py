@@ -10,7 +10,24 @@ import pytest
 from ftrun import cli
 from ftrun.config import compose, recipes
 
-ARGUMENTS = {"tokens=token_cleaning": ["tokens.reference={tiny}"]}
+ARGUMENTS = {
+    "tokens=token_cleaning": ["tokens.reference={tiny}"],
+    "select=text_quality": ["select.minimum_lines=1"],
+    "select=long_output_min": ['select.patterns=["what is ([0-9]+)"]'],
+    "select=trim": ["select.queries=[{queries}]", "select.layers=2"],
+    "select=icon": ["select.queries=[{queries}]", "select.assessment=3", "select.classifier_batch_size=4"],
+    "picker=add_one_in": [
+        "select.picker.answer=letter",
+        "select.picker.shown=2",
+        "select.picker.options=2",
+        "select.picker.row_length=20",
+    ],
+    "picker=dac_iter": ["select.picker.max_new_tokens=8"],
+    "select=embedding_similarity": ["select.queries=[{queries}]"],
+    "select=got_d": ["select.queries=[{queries}]"],
+    "select=less": ["select.queries=[{queries}]"],
+    "select=rds_plus": ["select.queries=[{queries}]"],
+}
 
 
 @pytest.fixture
@@ -35,7 +52,7 @@ def overrides_for(name, rows_for, tiny_dir, tiny_encoder_dir, out) -> list[str]:
         f"out={out}",
         *extra(name, tiny_dir),
     ]
-    if settings.choice("select") != "none":
+    if (settings.choice("select"), settings.choice("picker")) != ("none", "own"):
         words.append("budget=0.5")
     for evaluator, _knobs in settings.eval:
         if evaluator == "generation":
@@ -46,11 +63,19 @@ def overrides_for(name, rows_for, tiny_dir, tiny_encoder_dir, out) -> list[str]:
 def extra(name, tiny_dir) -> list[str]:
     recipe = recipes.find(name)
     return [
-        word.format(tiny=tiny_dir)
+        word.format(tiny=tiny_dir, queries=queries_file(tiny_dir))
         for choice, words in ARGUMENTS.items()
-        if choice == f"tokens={recipe.choice('tokens')}"
+        if choice in [f"{slot}={recipe.choice(slot)}" for slot in ("tokens", "select", "picker")]
         for word in words
     ]
+
+
+def queries_file(tiny_dir):
+    """Three rows that targeted methods look for."""
+    file = tiny_dir.with_name("queries.jsonl")
+    rows = [{"instruction": f"what is {i} plus 2", "input": "", "output": f"answers: {i + 2}"} for i in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 @pytest.mark.parametrize("name", sorted(recipes.catalogue()))
@@ -75,28 +100,31 @@ def test_recipe_trains(name, rows_for, tiny_dir, tiny_encoder_dir, tmp_path, cap
 
 
 def selecting() -> list[str]:
-    return [name for name in recipes.catalogue() if recipes.find(name).choice("select") != "none"]
+    found = map(recipes.find, recipes.catalogue())
+    return [recipe.name for recipe in found if (recipe.choice("select"), recipe.choice("picker")) != ("none", "own")]
 
 
 @pytest.mark.parametrize("name", selecting())
-def test_recipe_selects(name, rows_file, tiny_dir, tmp_path, capsys):
+def test_recipe_selects(name, rows_for, tiny_dir, tmp_path, capsys):
     """`ftrun select` writes scores and chosen rows with the contract's columns, and the same choice twice."""
     import pyarrow.parquet as pq
 
+    kind = compose.load([f"recipe={name}", *extra(name, tiny_dir)]).settings.component("objective").kind
+    total = len(rows_for[kind].read_text().splitlines())
     picked = []
     for attempt in ("one", "two"):
         out = tmp_path / attempt
         words = [
             f"recipe={name}",
             f"model.path={tiny_dir}",
-            f"data.path={rows_file}",
+            f"data.path={rows_for[kind]}",
             "budget=5",
             f"out={out}",
             *extra(name, tiny_dir),
         ]
         assert cli.entry(["select", *words]) == 0, capsys.readouterr().err
         table = pq.read_table(out / "selection/scores.parquet").to_pydict()
-        assert table["id"] == list(range(24))
+        assert table["id"] == list(range(total))
         rows = [json.loads(line) for line in (out / "selection/selected.jsonl").read_text().splitlines()]
         assert sum(table["selected"]) == len(rows)
         assert 0 < len(rows) <= 5

@@ -25,9 +25,18 @@ from ftrun.training.progress import Reporter
 class Alone:
     """One process."""
 
-    rank, world_size, device = 0, 1, torch.device("cpu")
+    rank, world_size, device, is_main = 0, 1, torch.device("cpu"), True
 
     def barrier(self) -> None:
+        return
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def broadcast_(self, tensors: list[torch.Tensor]) -> None:
+        return
+
+    def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         return
 
     def gather_object(self, value: Any) -> list[Any]:

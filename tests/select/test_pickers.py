@@ -7,7 +7,8 @@ import pytest
 
 from ftrun.errors import ConfigError
 from ftrun.select.base import Budget, Table
-from ftrun.select.pickers.kmeans_random import KMeansRandom, in_turns
+from ftrun.select.cluster import in_turns
+from ftrun.select.pickers.kmeans_random import KMeansRandom
 from ftrun.select.pickers.own import Own
 from ftrun.select.pickers.threshold import Threshold
 from ftrun.select.pickers.top_k import TopK

@@ -12,7 +12,7 @@ import pytest
 
 from ftrun.config.settings import SelectConfig
 from ftrun.errors import ConfigError, DataError, ResourceError
-from ftrun.reporting.choice import example_rows
+from ftrun.reporting.choice import AUDITED, example_rows
 from ftrun.reporting.run import Run
 from ftrun.select.run import run_selection
 from ftrun.select.scoring import Scoring
@@ -61,6 +61,7 @@ def test_files_say_the_same_as_the_result(rows, make_pool, select):
     lengths = pq.read_table(ctx.out / "selection" / "lengths.parquet")
     assert lengths.to_pydict() == {"id": list(range(24)), "tokens": selected.table.lengths.tolist()}
     assert sorted(file.name for file in (ctx.out / "selection").iterdir()) == [
+        "audit.parquet",
         "examples.jsonl",
         "lengths.parquet",
         "scores.parquet",
@@ -222,7 +223,7 @@ def test_the_rows_that_the_report_shows_are_kept(rows, make_pool, select):
     kept = [json.loads(line) for line in (ctx.out / "selection" / "examples.jsonl").read_text().splitlines()]
     scores = pq.read_table(ctx.out / "selection" / "scores.parquet")
     picked = scores["selected"].to_numpy()
-    shown = example_rows(picked, scores["tokens"].to_numpy(), scores["rank"].to_numpy())
+    shown = example_rows(picked, scores["tokens"].to_numpy(), scores["rank"].to_numpy(), AUDITED)
     assert [line["id"] for line in kept] == sorted(4 + place for places in shown.values() for place in places.tolist())
     assert all(line == {**rows[line["id"]], "id": line["id"]} for line in kept)
     assert len(kept) > 3 and Run(ctx.out).row_lengths.tolist() == selected.table.lengths.tolist()
@@ -249,3 +250,37 @@ def test_a_failure_while_writing_leaves_nothing(rows, make_pool, context, bundle
     with pytest.raises(ResourceError, match="the disk is full"):
         run_selection(ctx.settings, make_pool(rows), lambda: bundle, ctx)
     assert list((ctx.out / "selection").iterdir()) == []
+
+
+def test_the_audit_says_what_became_of_every_row(half_scored, select):
+    selected, ctx = select(half_scored, select="superfiltering", picker="threshold", picker_knobs={"minimum": 0})
+    audit = pq.read_table(ctx.out / "selection" / "audit.parquet").to_pydict()
+    assert audit["id"] == list(range(10))
+    assert audit["reason"] == [None] * 8 + ["a one-token response has no direct loss"] * 2
+    assert audit["admitted"] == (selected.table.columns["ifd"] < 1).tolist()
+    lengths, tokens = selected.table.lengths, selected.table.lengths[selected.ids].sum()
+    random = np.array(audit["random"])
+    assert tokens - lengths.max() < lengths[random].sum() <= tokens  # equal up to one row
+    assert len(audit["cluster"]) == 10 and read(ctx)[2]["clusters"]["by"] == "hashed bag of words"
+
+
+def test_embeddings_of_the_scorer_are_kept_unless_too_large(rows, make_pool, select, monkeypatch):
+    from ftrun.select import audit
+    from ftrun.select.scorers.random import Random
+
+    score = Random.score
+    made = np.random.default_rng(0).standard_normal((24, 8)).astype(np.float32)
+
+    def embeds(self, pool, ctx):
+        ctx.scorer.embeddings = made
+        return score(self, pool, ctx)
+
+    monkeypatch.setattr(Random, "score", embeds)
+    _, ctx = select(make_pool(rows), budget=3)
+    file = ctx.out / "selection" / "embeddings.npy"
+    np.testing.assert_allclose(np.load(file, allow_pickle=False), made, rtol=1e-3)
+    assert read(ctx)[2]["clusters"]["by"] == "embeddings of the scorer"
+    file.unlink()
+    monkeypatch.setattr(audit, "STORED_VALUES", 24 * 8 - 1)
+    select(make_pool(rows), budget=3)
+    assert not file.exists()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from ftrun.registry import register
 from ftrun.select.base import Scorer, Table
-from ftrun.select.scoring import segments
+from ftrun.select.inner import InnerTraining, answers_table
+from ftrun.select.scoring import Scoring, segments
 from ftrun.select.texts import Turns, read_turns
+from ftrun.select.warmup import warmup_rows
 
 if TYPE_CHECKING:
     from ftrun.context import Context
@@ -25,11 +29,23 @@ class Ifd(Scorer):
     IFD = mean nll of the response given the prompt / mean nll of the response after "### Response:" alone, over the
     same response tokens. Rows above 1, where the prompt hurts, are left out; the highest of the rest are taken.
     A row with several answers gets the mean over its answers, each given all turns before it.
+
+    With ``warmup`` the scoring model is first fine-tuned on so many rows: of each cluster of prompts the same number,
+    spread evenly over those whose prompt is neither very easy nor very hard to predict.
     """
 
     ratio: Literal["loss", "ppl"] = "loss"  # ratio of mean losses, or of their exponentials
     template: Literal["alpaca", "plain", "chat"] = "alpaca"  # layout of the prompt; chat: the tokenizer's own template
     max_length: int = 512  # tokens of prompt and response that are scored
+    warmup: int = 0  # rows that the model is trained on before it scores, 1000 in the paper; 0: it scores as it is
+    warmup_clusters: int = 100  # clusters of prompts that these rows come from in equal numbers
+    warmup_percentiles: list[float] = field(
+        default_factory=lambda: [25.0, 75.0]
+    )  # of the prompts' perplexity in each cluster
+    warmup_epochs: int = 1  # of the training
+    warmup_trains: Literal["lora", "full"] = "lora"  # what it changes: adapters, or all weights
+    warmup_learning_rate: float = 2e-4  # its peak; for warmup_trains=full rather 2e-5
+    warmup_batch_size: int = 16  # rows per step, over all processes
 
     column: ClassVar[str] = "ifd"
     passes: ClassVar[float] = 2.0  # with and without the prompt: at most
@@ -41,10 +57,8 @@ class Ifd(Scorer):
         """
         turns = read_turns(pool, ctx, self.template)
         rooms = [max(0, self.max_length - len(prompt)) for prompt in turns.prompt]
-        kept = [response[:room] for response, room in zip(turns.response, rooms, strict=True)]
-        conditional = ctx.scorer.mean_nll(segments(zip(turns.prompt, kept, strict=True)), "score responses with prompt")
-        direct = ctx.scorer.mean_nll(segments(self.direct(turns, rooms)), "score responses alone")
-        conditional[np.array(rooms) == 0] = np.nan  # a full prompt leaves nothing to compare
+        with self._scoring(turns, pool, ctx) as scoring:
+            conditional, direct = self._losses(turns, rooms, scoring)
         direct[np.isnan(conditional)] = np.nan
         self._explain(turns, rooms, conditional, direct, len(pool), ctx)
         if self.ratio == "ppl":
@@ -53,6 +67,31 @@ class Ifd(Scorer):
         with np.errstate(divide="ignore", invalid="ignore"):
             columns = {"ifd": conditional / direct, "conditional": conditional, "direct": direct}
         return {name: turns.row_mean(values, len(pool)) for name, values in columns.items()}
+
+    def _losses(self, turns: Turns, rooms: list[int], scoring: Scoring) -> tuple[np.ndarray, np.ndarray]:
+        """Mean nll of every turn with its prompt and without, (turns,) each."""
+        kept = [response[:room] for response, room in zip(turns.response, rooms, strict=True)]
+        conditional = scoring.mean_nll(segments(zip(turns.prompt, kept, strict=True)), "score responses with prompt")
+        direct = scoring.mean_nll(segments(self.direct(turns, rooms)), "score responses alone")
+        conditional[np.array(rooms) == 0] = np.nan  # a full prompt leaves nothing to compare
+        return conditional, direct
+
+    @contextmanager
+    def _scoring(self, turns: Turns, pool: Pool, ctx: Context) -> Iterator[Scoring]:
+        """The engine that scores, with the model as it is or after the warm-up."""
+        if not self.warmup:
+            yield ctx.scorer
+            return
+        table = answers_table(turns, pool, self.max_length, ctx)
+        answered = table.trained_counts() > 0
+        candidates = np.unique(turns.row[answered])
+        chosen = warmup_rows(turns, pool, candidates, self.warmup, self.warmup_clusters, self.warmup_percentiles, ctx)
+        ctx.report.note(f"the model is first trained on {len(chosen)} of {len(pool)} rows")
+        training = InnerTraining(
+            self.warmup_trains, self.warmup_epochs, self.warmup_learning_rate, self.warmup_batch_size
+        )
+        with training.trained(table.rows(np.flatnonzero(answered & np.isin(turns.row, chosen))), ctx) as epoch:
+            yield epoch.scoring(ctx)
 
     def direct(self, turns: Turns, rooms: list[int]) -> list[tuple[list[int], list[int]]]:
         """Context and targets of the pass without the prompt; ``rooms`` are the response tokens that the prompt leaves."""

@@ -1,0 +1,69 @@
+"""A few rows of every kind, of middling difficulty, to train a scoring model on before it scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ftrun.errors import ConfigError
+from ftrun.select.base import Table
+from ftrun.select.cluster import by_content, cluster_rows
+from ftrun.select.embed import embed_rows
+from ftrun.select.scoring import segments
+
+if TYPE_CHECKING:
+    from ftrun.context import Context
+    from ftrun.data.pool import Pool
+    from ftrun.select.texts import Turns
+
+ITERATIONS, RESTARTS = 300, 10  # of k-means
+
+
+def warmup_rows(
+    turns: Turns, pool: Pool, candidates: np.ndarray, count: int, clusters: int, percentiles: list[float], ctx: Context
+) -> np.ndarray:
+    """Places of at most ``count`` of the ``candidates``, sorted: an equal number from each cluster of prompts.
+
+    Of a cluster only the rows count whose prompt has a perplexity within its ``percentiles``.
+    """
+    if len(percentiles) != 2 or not 0 <= percentiles[0] < percentiles[1] <= 100:
+        raise ConfigError(
+            "the warm-up takes rows between two percentiles of perplexity",
+            f"select.warmup_percentiles={percentiles}",
+            "Give a lower and an upper one: [25,75].",
+        )
+    if count < clusters:
+        raise ConfigError(
+            f"a warm-up of {count} rows is less than one for each of {clusters} clusters",
+            f"select.warmup={count}",
+            f"Raise it, or set select.warmup_clusters={count}.",
+        )
+    vectors = embed_rows(pool, ctx, "model", "prompt")
+    table = Table({}, np.ones(len(pool)), pool, vectors)
+    rows = by_content(table, candidates, ctx, "warmup")
+    label = ctx.team.gather_object(cluster_rows(table, rows, clusters, ITERATIONS, RESTARTS, ctx).label)[0]
+    loss = prompt_losses(turns, len(pool), ctx)[rows]
+    kept = [
+        rows[label == number][strided(loss[label == number], count // clusters, percentiles)]
+        for number in range(int(label.max()) + 1)
+    ]
+    return np.sort(np.concatenate(kept))
+
+
+def prompt_losses(turns: Turns, rows: int, ctx: Context) -> np.ndarray:
+    """Mean nll of the first prompt of each row, (rows,); it orders rows as their perplexity does. NaN without a turn."""
+    owners, first = np.unique(turns.row, return_index=True)
+    losses = np.full(rows, np.nan)
+    prompts = segments(([], turns.prompt[turn]) for turn in first.tolist())
+    losses[owners] = ctx.scorer.mean_nll(prompts, "score prompts")
+    return losses
+
+
+def strided(loss: np.ndarray, count: int, percentiles: list[float]) -> np.ndarray:
+    """Positions of at most ``count`` losses within their percentiles, evenly spread over those that are."""
+    if np.isnan(loss).all():
+        return np.zeros(0, np.int64)
+    low, high = np.nanpercentile(loss, percentiles)
+    within = np.flatnonzero((loss >= low) & (loss <= high))
+    return within if len(within) <= count else within[np.arange(count) * len(within) // count]
