@@ -73,7 +73,7 @@ def embed_texts(texts: list[str], scoring: Scoring, limit: int) -> np.ndarray:
     width = len(vectors[0]) if vectors else 1
     result = np.zeros((len(texts), width), np.float32)
     for number, vector in zip(filled, vectors, strict=True):
-        result[number] = vector / max(float(np.linalg.norm(vector)), 1e-12)
+        result[number] = vector / max(float(np.linalg.norm(vector.astype(np.float64))), 1e-12)
     return result
 
 

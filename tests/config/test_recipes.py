@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ftrun.cli import normal_override
 from ftrun.config import recipes
-from ftrun.config.compose import load
+from ftrun.config.compose import load, load_each, recipe_names
 from ftrun.config.recipes import FIDELITIES
 from ftrun.errors import ConfigError
 
@@ -47,8 +48,11 @@ def test_a_shipped_recipe_composes_as_written(name: str) -> None:
 def test_the_commands_of_a_shipped_recipe_compose(name: str) -> None:
     for command in recipes.find(name).usage:
         program, verb, *overrides = shlex.split(command, comments=True)
-        assert program == "ftrun" and verb in ("train", "select", "eval", "preview", "compare")
-        if overrides[0] != "-m":
+        assert program == "ftrun" and verb in ("train", "select", "eval", "preview")
+        overrides = [normal_override(word) for word in overrides]
+        if verb == "select" and len(recipe_names(overrides)) > 1:
+            assert len(load_each(overrides)) > 1
+        elif overrides[0] != "-m":
             load(overrides)
 
 

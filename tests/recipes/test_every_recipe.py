@@ -22,6 +22,7 @@ ARGUMENTS = {
         "select.picker.options=2",
         "select.picker.row_length=20",
     ],
+    "picker=cluster_share": ["select.picker.clusters=2"],  # four tenths of a cluster of two rows are none
     "picker=dac_iter": ["select.picker.max_new_tokens=8"],
     "select=embedding_similarity": ["select.queries=[{queries}]"],
     "select=got_d": ["select.queries=[{queries}]"],

@@ -45,8 +45,8 @@ def test_the_list_as_json_holds_what_the_files_say(capsys: pytest.CaptureFixture
     ("pattern", "slot", "expected"),
     [
         ("qlora*", None, {"qlora_sft"}),
-        ("weak-to-strong", None, {"superfiltering"}),  # a word of the paper's title
-        (None, "tokens", {"talr", "token_cleaning"}),
+        ("weak-to-strong", None, {"superfiltering", "superfiltering_d"}),  # a word of the paper's title
+        (None, "tokens", {"talr", "token_cleaning", "q_tuning", "neftune", "clinical_cpt_sft"}),
         (None, "quant", {"qlora_sft", "loftq_sft"}),
         ("LISA", "adapter", {"lisa"}),
     ],

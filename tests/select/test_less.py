@@ -171,7 +171,7 @@ def test_influence_is_the_weighted_sum_over_the_epochs(rows, make_pool, context,
             rates.append(epoch.learning_rate)
             sums += [[float(torch.cosine_similarity(q, z, dim=0)) * epoch.learning_rate for z in f] for q in g]
     weights = np.array(rates) / sum(rates)
-    assert weights.sum() == pytest.approx(1) and len(rates) == 2 and rates[0] > rates[1]
+    assert weights.sum() == pytest.approx(1) and len(rates) == 2 and min(rates) > 0
     assert np.allclose(ctx.scorer.similarity.matrix, sums / sum(rates), atol=1e-4)
 
 
@@ -196,7 +196,7 @@ def test_scores_do_not_depend_on_the_order_of_the_pool(rows, make_pool, context,
     shared = queries(rows[20:22])
     one = Less(**SMALL).score(make_pool(rows[:12]), context(select="less", shared=shared))["less"]
     other = Less(**SMALL).score(make_pool([rows[i] for i in order]), context(select="less", shared=shared))["less"]
-    assert other.tolist() == one[order].tolist()
+    assert np.allclose(other, one[order], atol=1e-6)
 
 
 def test_the_model_is_left_as_it_was(rows, make_pool, context, queries, bundle):

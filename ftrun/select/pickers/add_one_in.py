@@ -150,9 +150,9 @@ class AddOneIn(Picker):
 class Shard:
     """Part of the pool: the rows ``chosen`` so far, in order, and the ``rest``."""
 
-    def __init__(self, rows: list[int], lines: dict[int, str], rules: AddOneIn, draw: np.random.Generator):
-        self.lines, self.rules, self.draw = lines, rules, draw
-        self.chosen, self.rest = rows[: rules.shown], rows[rules.shown :]  # rows come in random order
+    def __init__(self, rows: list[int], lines: dict[int, str], knobs: AddOneIn, draw: np.random.Generator):
+        self.lines, self.knobs, self.draw = lines, knobs, draw
+        self.chosen, self.rest = rows[: knobs.shown], rows[knobs.shown :]  # rows come in random order
         self.asked = self.invalid = 0  # answers
         self.failed = 0  # invalid answers in a row
 
@@ -165,7 +165,7 @@ class Shard:
 
     def step(self, answers: Answers) -> None:
         """Ask once; a valid answer moves one row. Raises ComponentError after too many invalid ones in a row."""
-        shown, offered = self._drawn(self.chosen, self.rules.shown), self._drawn(self.rest, self.rules.options)
+        shown, offered = self._drawn(self.chosen, self.knobs.shown), self._drawn(self.rest, self.knobs.options)
         letters = list(LETTERS[: len(offered)])
         question = QUESTION.format(
             shown="\n".join(f"{n}. {self.lines[row]}" for n, row in enumerate(shown, 1)),
@@ -181,7 +181,7 @@ class Shard:
             return
         self.invalid += 1
         self.failed += 1
-        if self.failed > self.rules.retries:
+        if self.failed > self.knobs.retries:
             raise ComponentError(
                 f"the chooser named none of its options {self.failed} times in a row",
                 f"its last answer: {one_line([answer], 200)!r}",

@@ -107,7 +107,7 @@ class RdsPlus(Scorer):
         vectors = ctx.scorer.measure(table, f"states-{self.pooling}", compute, "embed rows and queries", packable=True)
         result = np.zeros((len(ids), len(vectors[0]) if vectors else 1), np.float32)
         for number, vector in zip(filled, vectors, strict=True):
-            result[number] = vector / max(float(np.linalg.norm(vector)), 1e-12)
+            result[number] = vector / max(float(np.linalg.norm(vector.astype(np.float64))), 1e-12)
         return result
 
 
