@@ -15,7 +15,7 @@ from ftrun.reporting.html import breakable, page, paper_line, path_text
 from ftrun.reporting.markup import Markup, tag
 from ftrun.reporting.run import Run
 from ftrun.reporting.selection_facts import Choice, jaccard, jaccard_by_chance, read_choices, spearman
-from ftrun.reporting.shares import pair_table, share_chart
+from ftrun.reporting.shares import BESIDE, pair_table, share_chart
 
 NAMED = 200  # ids of rows without a score that are written out
 
@@ -156,7 +156,7 @@ def _overlap(choices: Sequence[Choice]) -> Markup:
         "Jaccard: rows that both chose, of those that either chose. "
         f"Two random choices of {max(sizes):,} rows come to {expected:.2f} on average."
     )
-    return Markup(tag("div", *tables, class_="beside") + tag("p", note, class_="note"))
+    return Markup(tag("div", *tables, class_="beside" if len(names) <= BESIDE else "") + tag("p", note, class_="note"))
 
 
 # ---- one method ----

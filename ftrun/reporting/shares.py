@@ -12,6 +12,7 @@ from ftrun.reporting.plots import tick_text, ticks
 
 LINE = 25  # pixels of one group
 LABEL = 34  # characters of a label that fit
+BESIDE = 4  # names in the head of a table that still leave room for another beside it
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,13 @@ def _times(one: Share) -> str:
 def pair_table(
     names: Sequence[str], values: np.ndarray, title: str, hint: Callable[[int, int], str], decimals: int = 2
 ) -> Markup:
-    """A square table of values in [-1, 1], shaded by size; the diagonal stays empty."""
-    numbers = [tag("th", "")] + [tag("th", name, scope="col") for name in names]
+    """A square table of values in [-1, 1], shaded by size; the diagonal stays empty. Many columns go by number."""
+    many = len(names) > BESIDE
+    numbers = [tag("th", "")]
+    numbers += [tag("th", str(at) if many else name, scope="col", title=name) for at, name in enumerate(names, 1)]
     body = []
     for row, name in enumerate(names):
-        cells = [tag("th", name, scope="row")]
+        cells = [tag("th", f"{row + 1} {name}" if many else name, scope="row")]
         for column in range(len(names)):
             value = float(values[row, column])
             if row == column or not np.isfinite(value):

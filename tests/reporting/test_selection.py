@@ -13,7 +13,7 @@ import pytest
 
 from ftrun.reporting.selection import write_selection_report
 from ftrun.reporting.selection_facts import OTHERS, Choice, jaccard, jaccard_by_chance, read_choices, spearman
-from ftrun.reporting.shares import share_chart, shares_of
+from ftrun.reporting.shares import pair_table, share_chart, shares_of
 
 ROWS = 60
 
@@ -167,3 +167,11 @@ def test_facts_of_a_choice(single):
     choice: Choice = read_choices(single)[0]
     assert choice.follows_score and choice.cutoff == pytest.approx(np.min(choice.score[choice.picked]))
     assert {why: rows.tolist() for why, rows in choice.unscored().items()} == {"<no response>": [0, 1, 2]}
+
+
+def test_tables_of_many_methods_number_their_columns():
+    names = [f"method_{letter}" for letter in "abcdef"]
+    table = str(pair_table(names, np.eye(6), "in common", lambda i, j: f"{names[i]} {names[j]}"))
+    assert table.count(">method_") == 0 and ">6 method_f<" in table and ">6</th>" in table
+    few = str(pair_table(names[:3], np.eye(3), "in common", lambda i, j: ""))
+    assert few.count(">method_a<") == 2
