@@ -104,6 +104,13 @@ class Architecture:
 
     # ---- running it ----
 
+    def packing_way(self, model: nn.Module) -> Way:
+        """How this model keeps packed documents apart, tried once on a few tokens. Raises ConfigError where it cannot."""
+        if "way" not in self.packing:
+            base = unwrap(model)
+            self.packing["way"] = find_way(base, base.get_submodule(self.backbone))
+        return self.packing["way"]
+
     def hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
         """States after the last norm, (rows, time, width): what the head turns into logits.
 
@@ -130,9 +137,7 @@ class Architecture:
                     "train.packing=true with a prompt or prefix adapter",
                     "Use train.packing=false.",
                 )
-            if "way" not in self.packing:
-                self.packing["way"] = find_way(base, base.get_submodule(self.backbone))
-            inputs |= packed_inputs(batch, self.packing["way"], base)
+            inputs |= packed_inputs(batch, self.packing_way(model), base)
         if base is model:
             return base.get_submodule(self.backbone)(**inputs).last_hidden_state
         # a wrapper (peft, DDP) may act before the backbone runs: go through it and keep what the backbone gives

@@ -77,6 +77,8 @@ class StepView:
         change = self.perturb
         if change is None:
             return nullcontext()
+        if self.batch.packed:
+            self.architecture.packing_way(self.model)  # a trial that must not see the change
         embedding = unwrap(self.model).get_input_embeddings()  # type: ignore[operator]
         return changed_output(embedding, lambda embeddings: change(embeddings, self.batch))
 

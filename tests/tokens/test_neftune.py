@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -84,6 +85,15 @@ def test_the_view_adds_it_to_the_embeddings_and_nowhere_else(bundle, batches):
     plain = StepView(bundle.model, bundle.architecture, batch)
     assert not torch.allclose(plain.hidden, view.hidden, atol=1e-3)
     torch.testing.assert_close(bundle.model.get_input_embeddings()(batch.input_ids), embedded)
+
+
+def test_the_first_packed_batch_may_be_noisy(bundle, batches):
+    """Whether the model keeps documents apart is tried on first use, and noise must not decide it."""
+    bundle.architecture.packing.clear()
+    (batch,) = batches(10_000, packing=True)
+    perturb = functools.partial(Neftune().perturb, seed=(0, 0))
+    view = StepView(bundle.model, bundle.architecture, batch, perturb=perturb)
+    assert batch.packed and torch.isfinite(view.hidden).all()
 
 
 @pytest.mark.parametrize("alpha", [-1.0, math.inf])
