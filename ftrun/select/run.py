@@ -188,11 +188,11 @@ def _check(
     )
     if not len(selected.ids):
         reasons = Counter(table.reasons.values()).most_common(1)
-        todo = (
-            f"Most common reason: {reasons[0][0]}."
-            if dropped and reasons
-            else "Raise the budget, or loosen the bounds of the picker."
-        )
+        todo = "Raise the budget, or loosen the bounds of the picker."
+        if dropped and reasons:
+            todo = f"Most common reason: {reasons[0][0]}."
+        elif not left:
+            todo = f"No row passes that filter: `ftrun show recipe={settings.recipe or '...'}` says what it admits."
         raise DataError(f"select={settings.choice('select')} picks nothing", counts, todo)
     if budget.rows is not None and settings.budget is not None and budget.rows > left:
         ctx.report.warn(

@@ -265,7 +265,7 @@ def test_progress_is_told(ready, rows):
 
 
 def test_real_rows(tokenizer, tmp_path):
-    path = Path("/work/shared/data/mixed_pool.jsonl")
+    path = Path(__file__).parents[3] / "shared" / "data" / "mixed_pool.jsonl"
     if not path.exists():
         pytest.skip("the development rows are not on this machine")
     config = DataConfig(path=str(path), max_length=2048, limit=200)

@@ -179,6 +179,9 @@ def test_nothing_picked_is_refused(make_pool, select):
         select(pool, select="superfiltering", budget=1)
     assert "1 rows: 1 without a score" in str(refused.value)
     assert "one-token response" in str(refused.value)
+    with pytest.raises(DataError, match="picks nothing") as refused:
+        select(make_pool([{"prompt": "one", "completion": "two three"}] * 3), select="long_output_min", budget=2)
+    assert "No row passes that filter" in str(refused.value)
     with pytest.raises(DataError, match="picks nothing"):
         select(make_pool([{"text": "a"}, {"text": "b"}]), budget=0.1)
 
