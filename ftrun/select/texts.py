@@ -102,7 +102,7 @@ def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def _prompt(record: Record, before: tuple[Message, ...], form: Form, tokenizer: Any, columns: dict[str, str]) -> str:
     if form == "chat":
-        return _chat_prompt(record, before, tokenizer)
+        return chat_text(record, before, True, tokenizer, "alpaca or plain")
     if form == "question":
         return _question_prompt(before)
     instruction, given = _alpaca_fields(record, columns) if len(before) == 1 else ("", "")
@@ -141,15 +141,19 @@ def _alpaca_fields(record: Record, columns: dict[str, str]) -> tuple[str, str]:
     return instruction, str(view.get("input") or view.get("context") or "")
 
 
-def _chat_prompt(record: Record, before: tuple[Message, ...], tokenizer: Any) -> str:
+def chat_text(record: Record, messages: tuple[Message, ...], asks: bool, tokenizer: Any, others: str) -> str:
+    """Messages of a row in the tokenizer's own layout; ``asks`` adds what introduces an answer.
+
+    Raises DataError where the template refuses them; ``others`` are the layouts to try instead.
+    """
     from jinja2 import TemplateError
 
-    messages = [{"role": message.role, "content": message.content} for message in before]
+    plain = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=asks)
     except (TemplateError, ValueError) as error:
         raise DataError(
-            "the chat template cannot render a row", f"row {record.id}: {error}", "Use select.template=alpaca or plain."
+            "the chat template cannot render a row", f"row {record.id}: {error}", f"Use select.template={others}."
         ) from None
 
 

@@ -133,6 +133,21 @@ def context(tmp_path, bundle) -> Callable[..., Context]:
 
 
 @pytest.fixture
+def queries(tmp_path):
+    """Writes files of queries and gives the shared settings that name them."""
+
+    def write(*tasks: list[dict], **shared) -> SelectConfig:
+        files = []
+        for number, rows in enumerate(tasks):
+            file = tmp_path / f"queries{number}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            files.append(str(file))
+        return SelectConfig(queries=files, **shared)
+
+    return write
+
+
+@pytest.fixture
 def plain_nll() -> Callable[[Bundle, list[int]], np.ndarray]:
     """Losses of tokens 1.. of one text, by the model's own forward at batch size 1."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from dataclasses import replace
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from ftrun.config.settings import SelectConfig
 from ftrun.errors import ConfigError, DataError, ResourceError
 from ftrun.select import gradients
 from ftrun.select.base import Budget, Similarity, Table
@@ -22,19 +20,6 @@ from ftrun.select.scorers import less
 from ftrun.select.scorers.less import Less, task_influence
 
 SMALL = {"warmup_rows": 0.5, "epochs": 2, "batch_size": 4, "r": 4, "dimension": 256, "learning_rate": 1e-2}
-
-
-@pytest.fixture
-def queries(tmp_path):
-    def write(*tasks: list[dict], **shared) -> SelectConfig:
-        files = []
-        for number, rows in enumerate(tasks):
-            file = tmp_path / f"queries{number}.jsonl"
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            files.append(str(file))
-        return SelectConfig(queries=files, **shared)
-
-    return write
 
 
 @pytest.fixture

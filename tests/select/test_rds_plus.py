@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
-from ftrun.config.settings import SelectConfig
 from ftrun.errors import ConfigError, DataError, ResourceError
 from ftrun.select import nearest
 from ftrun.select.base import Budget, Scorer, Table
@@ -26,21 +23,6 @@ CHAT = [
     {"role": "user", "content": "plus 2"},
     {"role": "assistant", "content": "answers: 3"},
 ]
-
-
-@pytest.fixture
-def queries(tmp_path):
-    """Writes files of queries and gives the shared settings that name them."""
-
-    def write(*tasks: list[dict], **shared) -> SelectConfig:
-        files = []
-        for number, rows in enumerate(tasks):
-            file = tmp_path / f"queries{number}.jsonl"
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            files.append(str(file))
-        return SelectConfig(queries=files, **shared)
-
-    return write
 
 
 def plain_embedding(bundle, ids: list[int]) -> np.ndarray:

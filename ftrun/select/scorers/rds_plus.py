@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 from ftrun.data.tokens import Sequence, TokenTable
-from ftrun.errors import DataError
 from ftrun.registry import register
 from ftrun.select.base import Scorer
 from ftrun.select.nearest import nearest_query, similarities, split_scored
 from ftrun.select.queries import load_queries
-from ftrun.select.texts import added_ids, encode
+from ftrun.select.texts import added_ids, chat_text, encode
 
 if TYPE_CHECKING:
     from ftrun.context import Context
@@ -90,7 +89,7 @@ class RdsPlus(Scorer):
     def _rendered(self, record: Record, messages: tuple[Message, ...], asks: bool, tokenizer: Any, end: str) -> str:
         """A conversation as text; ``asks`` adds what introduces an answer."""
         if self.template == "chat":
-            return _chat_text(record, messages, asks, tokenizer)
+            return chat_text(record, messages, asks, tokenizer, "tulu")
         text = ""
         for message in messages:
             closing = end if message.role == "assistant" else ""
@@ -129,15 +128,3 @@ def _states(bundle: Bundle, batch: Batch) -> list[torch.Tensor]:
     """States after the last norm of each sequence, (its tokens, width) float32; padding is left out."""
     hidden = bundle.architecture.hidden_states(bundle.model, batch).float()
     return [hidden[batch.sequence == number] for number in range(batch.sequences)]
-
-
-def _chat_text(record: Record, messages: tuple[Message, ...], asks: bool, tokenizer: Any) -> str:
-    from jinja2 import TemplateError
-
-    plain = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=asks)
-    except (TemplateError, ValueError) as error:
-        raise DataError(
-            "the chat template cannot render a row", f"row {record.id}: {error}", "Use select.template=tulu."
-        ) from None
