@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ftrun.config.settings import Settings
     from ftrun.data.batches import Batch
     from ftrun.data.pool import Pool
@@ -31,6 +33,7 @@ class Context:
     scoring: Scoring | None = None  # scores texts with the selection's model; set by the select stage
     facts: dict[str, Any] = field(default_factory=dict)  # what ends in lock.json and the report
     selects_in: str = "selection"  # folder below out; with several recipes each selects in one of its own
+    begin: list[np.ndarray] = field(default_factory=list)  # rows of the first passes, where the selection orders them
 
     def calibration(self, batches: int) -> list[Batch]:
         """The first micro-batches of training, for methods that look at data before they start.
@@ -43,7 +46,8 @@ class Context:
         if self.train_tokens is None or self.bundle is None:
             raise ComponentError("this method looks at training rows before it starts, and there are none here")
         train = self.settings.train
-        plan = Plan.of(len(self.train_tokens), train.batch_size, train.epochs, train.max_steps, self.seed)
+        rows = len(self.train_tokens)
+        plan = Plan.of(rows, train.batch_size, train.epochs, train.max_steps, self.seed, begin=self.begin)
         budget = token_budget(train.batch_tokens, self.bundle.device)
         found: list[Batch] = []
         step = 0

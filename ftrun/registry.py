@@ -35,6 +35,10 @@ SLOTS = {
     "eval": "evaluation",
 }
 
+# slots that take several components at once, as in tokens=[token_cleaning,talr], and what makes one of them
+COMBINED = {"tokens": ("ftrun.tokens.several", "Several")}
+JOINT = "+"  # between their names
+
 Component = TypeVar("Component", bound=type)
 _classes: dict[tuple[str, str], type] = {}
 
@@ -78,11 +82,15 @@ class Spec:
     needs: dict[str, str] = field(default_factory=dict)
     lacks: dict[str, str] = field(default_factory=dict)
     source: Path | None = None
+    parts: tuple[str, ...] = ()  # names, where it stands for several components
 
 
 def build(slot: str, name: str, knobs: dict[str, Any] | None = None) -> Any:
     """Import the component and create it with these knobs."""
     spec = find(slot, name)
+    if spec.parts:
+        made = [build(slot, part, (knobs or {}).get(part)) for part in spec.parts]
+        return getattr(importlib.import_module(spec.module), spec.cls)(made)
     if (slot, name) not in _classes:
         importlib.import_module(spec.module)
     return _classes[slot, name](**(knobs or {}))
@@ -91,9 +99,27 @@ def build(slot: str, name: str, knobs: dict[str, Any] | None = None) -> Any:
 def find(slot: str, name: str) -> Spec:
     """The spec of one component; an unknown name is a ConfigError that offers the nearest."""
     known = specs(slot)
+    if JOINT in name and slot in COMBINED:
+        return _combined(slot, name)
     if name not in known:
         raise ConfigError(f'{slot} has no choice "{name}"', f"{slot}={name}", nearest(name, known))
     return known[name]
+
+
+def _combined(slot: str, name: str) -> Spec:
+    """Several components as one; its knobs are theirs, below the name of each. Raises ConfigError for one that comes twice."""
+    parts = [find(slot, part) for part in name.split(JOINT)]
+    names = tuple(part.name for part in parts)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{slot} names a method twice", f"{slot}=[{','.join(names)}]", "Name it once.")
+    module, cls = COMBINED[slot]
+    knobs = {part.name: Knob(part.name, dict[str, Any], defaults(part)) for part in parts}
+    return Spec(slot, name, module, cls, " ".join(names), knobs, parts=names)
+
+
+def defaults(spec: Spec) -> dict[str, Any]:
+    """The value of every knob that nobody sets."""
+    return {name: knob.default for name, knob in spec.knobs.items()}
 
 
 @functools.cache
@@ -187,13 +213,22 @@ def _comment_after(node: ast.stmt | ast.expr, lines: list[bytes]) -> str:
     return rest.decode().partition("#")[2].strip()
 
 
-def _class_constants(path: Path, name: str) -> dict[str, Any]:
+def marked(slot: str, constant: str) -> list[str]:
+    """Names of the components of a slot whose class says ``constant: ClassVar[bool] = True``."""
+    return [
+        spec.name
+        for spec in specs(slot).values()
+        if spec.source and _class_constants(spec.source, spec.cls, (constant,)).get(constant)
+    ]
+
+
+def _class_constants(path: Path, name: str, wanted: tuple[str, ...] = ("needs", "lacks")) -> dict[str, Any]:
     """Literal class attributes such as ``needs: ClassVar[...] = {...}``, nearest class last."""
     values: dict[str, Any] = {}
     for _, node in reversed(_lineage(path, name)):
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None:
-                if item.target.id in ("needs", "lacks"):
+                if item.target.id in wanted:
                     values[item.target.id] = ast.literal_eval(item.value)
     return values
 

@@ -287,6 +287,19 @@ def show(lines: list[dict[str, Any]], speed: float, parameters: int) -> None:
     Console(width=200).print(table)
 
 
+def token_methods(options: argparse.Namespace) -> None:
+    """Steps of 8 rows with every token method; ``--only`` names some of them."""
+    import bench_tokens
+    import torch
+
+    torch.set_num_threads(options.threads)
+    names = None if options.only == ",".join(CONTENDERS) else options.only.split(",")
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Path(scratch) / "rows.jsonl"
+        write_rows(rows, BATCH, 200 if options.quick else options.longest)
+        bench_tokens.run(rows, "builtin:smollm2_135m", BATCH, options.rounds, names, options.json)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=48, help="rows, a multiple of 8")
@@ -295,10 +308,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-tokens", type=int, help="train.batch_tokens of ftrun; its default if not given")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by comma: " + ", ".join(CONTENDERS))
+    parser.add_argument("--tokens", action="store_true", help="overhead of token methods instead: see bench_tokens.py")
+    parser.add_argument("--rounds", type=int, default=8, help="with --tokens: steps of every method")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     for hidden in ("--worker", "--folder", "--rows-file"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.tokens:
+        return token_methods(options)
     if options.worker:
         return work(options.worker, Path(options.rows_file), Path(options.folder), options)
     chosen = options.only.split(",")

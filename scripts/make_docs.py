@@ -10,7 +10,7 @@ from ftrun import registry
 from ftrun.config import recipes
 from ftrun.config.compose import load
 from ftrun.config.recipes import DEFAULT_CHOICES, Recipe
-from ftrun.config.settings import SECTIONS, root_knobs, section_knobs, shared_select_knobs
+from ftrun.config.settings import SECTIONS, root_knobs, section_knobs, shared_select_knobs, shared_tokens_knobs
 from ftrun.registry import Knob, Spec, type_name
 from ftrun.reporting.catalogue import first_sentence, link, plain, sections, special_choices
 
@@ -123,6 +123,8 @@ def settings() -> str:
         {name: knob for name, knob in root_knobs().items() if name not in ("paper", "fidelity", "differences")}, ""
     )
     text += "\n## select\n\nBeside the knobs of the chosen scorer:\n\n" + _knobs(shared_select_knobs(), "select.")
+    text += "\n## tokens\n\nBeside the knobs of the chosen method, or of several: `tokens=[token_cleaning,talr]`.\n\n"
+    text += _knobs(shared_tokens_knobs(), "tokens.")
     for section in SECTIONS:
         text += f"\n## {section}\n\n" + _knobs(section_knobs(section), f"{section}.")
     return text
@@ -131,7 +133,7 @@ def settings() -> str:
 def _knobs(knobs: dict[str, Knob], prefix: str) -> str:
     rows = [
         [
-            f"`{prefix}{knob.name if name != 'model.path' else name}`",
+            f"`{prefix}{name}`",
             f"`{plain(knob.default)}`",
             type_name(knob.type),
             knob.help,

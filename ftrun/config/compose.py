@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice, product
@@ -19,7 +20,16 @@ from ftrun.config import capabilities, recipes
 from ftrun.config.explain import explain, parse, slot_taken_away
 from ftrun.config.recipes import DEFAULT_CHOICES, Recipe
 from ftrun.config.schema import check_section
-from ftrun.config.settings import SECTIONS, SelectConfig, Settings, root_knobs, section_knobs, shared_select_knobs
+from ftrun.config.settings import (
+    SECTIONS,
+    SelectConfig,
+    Settings,
+    TokensConfig,
+    root_knobs,
+    section_knobs,
+    shared_select_knobs,
+    shared_tokens_knobs,
+)
 from ftrun.config.store import CHOSEN, RECIPE_FILE, ROOT, SINGLE_SLOTS, populate
 from ftrun.config.values import check_values
 from ftrun.errors import ConfigError, nearest
@@ -50,9 +60,30 @@ def prepare(overrides: Sequence[str]) -> list[str]:
             found = [recipes.find(name) for name in names if name not in ("", "null")]
             chosen += found
             override = "recipe=" + (",".join(recipe.name for recipe in found) or "null")
-        seen.append(override)
-    populate(chosen)
+        seen.append(_joined(override))
+    populate(chosen, _combined(seen))
     return seen
+
+
+def _joined(override: str) -> str:
+    """``tokens=[a,b]`` as ``tokens=a+b``, the name of the two together; in a sweep too."""
+    slot, _, value = override.partition("=")
+    if slot not in registry.COMBINED:
+        return override
+    return f"{slot}=" + re.sub(r"\[([^\[\]]*)\]", lambda several: _one_name(several[1]), value)
+
+
+def _one_name(names: str) -> str:
+    return registry.JOINT.join(name.strip() for name in names.split(",") if name.strip()) or "none"
+
+
+def _combined(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Choices of several components that these overrides name, as (slot, names joined by +)."""
+    found = []
+    for slot, _, value in (override.partition("=") for override in overrides):
+        names = [name.strip("'\" ") for name in value.split(",")] if slot in registry.COMBINED else []
+        found += [(slot, name) for name in names if registry.JOINT in name]
+    return found
 
 
 def load(overrides: Sequence[str]) -> Composed:
@@ -167,8 +198,15 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
         values = {"picker": picker, "select": scoring}.get(slot) if slot in ("picker", "select") else raw.pop(slot, {})
         spec = registry.find(slot, str(choices[slot]))
         prefix = "select.picker" if slot == "picker" else slot
-        slots[slot] = (spec.name, check_section(values, spec.knobs, prefix, f"{slot}={spec.name}"))
-        specs.append(spec)
+        if slot == "tokens":
+            values = values or {}
+            given = {name: values.pop(name) for name in shared_tokens_knobs() if name in values}
+            tokens = TokensConfig(check_section(given, shared_tokens_knobs(), "tokens")["from"])
+        if spec.parts:
+            slots[slot] = (spec.name, _parts(values, spec))
+        else:
+            slots[slot] = (spec.name, check_section(values, spec.knobs, prefix, f"{slot}={spec.name}"))
+        specs += [registry.find(slot, part) for part in spec.parts] or [spec]
     evaluators = _evaluators(_section(raw, "eval"), recipe)
     specs += [registry.find("eval", name) for name, _ in evaluators]
     sections = {
@@ -181,9 +219,23 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
     scalars = check_section(raw, root_knobs(), "")
     scalars["recipe"] = recipe.name if recipe else None
     capabilities.check_mix(specs)
-    settings = Settings(**scalars, **sections, slots=slots, eval=evaluators, select=shared)
+    settings = Settings(**scalars, **sections, slots=slots, eval=evaluators, select=shared, tokens=tokens)
     check_values(settings)
     return settings
+
+
+def _parts(values: dict[str, Any], several: Spec) -> dict[str, Any]:
+    """Checked values of every component that the choice stands for, below its name."""
+    for key in set(values) - set(several.parts):
+        todo = f"Say whose it is: {several.slot}.{several.parts[0]}.{key}=..."
+        raise ConfigError(
+            f"{several.slot} are several methods, and {key} is none of them", f"{several.slot}.{key}", todo
+        )
+    found = {}
+    for part in several.parts:
+        spec = registry.find(several.slot, part)
+        found[part] = check_section(values.get(part, {}), spec.knobs, f"{spec.slot}.{part}", f"{spec.slot}={part}")
+    return found
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -231,7 +283,7 @@ def _notes(recipe: Recipe | None, settings: Settings) -> list[str]:
     notes = []
     for slot in SINGLE_SLOTS:
         block = recipe.blocks.get(slot)
-        if block and settings.choice(slot) != recipe.choice(slot):
+        if block and recipe.choice(slot) not in settings.choice(slot).split(registry.JOINT):
             dropped = ", ".join(f"{key}={value}" for key, value in block.items())
             notes.append(
                 f"{slot}={settings.choice(slot)} replaces {recipe.choice(slot)}; the recipe's {dropped} went with it"

@@ -181,6 +181,8 @@ def _choices(defaults: Any, file: Path) -> dict[str, Any]:
         if slot not in DEFAULT_CHOICES:
             raise ConfigError(f'{file}: there is no slot "{slot}"', f"{key}: {name}", nearest(slot, DEFAULT_CHOICES))
         names = name if isinstance(name, list) else [name]
+        if slot in registry.COMBINED:
+            name = registry.JOINT.join(map(str, names))
         for one in names if slot in registry.SLOTS else []:
             try:
                 registry.find(slot, str(one))

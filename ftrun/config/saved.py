@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from ftrun import registry
 from ftrun.config.schema import check_section
-from ftrun.config.settings import SECTIONS, SETTINGS_FILE, SelectConfig, Settings
+from ftrun.config.settings import SECTIONS, SETTINGS_FILE, SelectConfig, Settings, TokensConfig
 from ftrun.errors import ConfigError
 
 
@@ -24,7 +24,15 @@ def load_settings(run: str | Path | None) -> tuple[Path, Settings]:
         raise ConfigError(
             f"there is no run in {folder}", f"run={folder}", "Give the folder of a run: the one that holds config.yaml."
         )
-    return folder, settings_from(OmegaConf.to_container(OmegaConf.load(file)))  # type: ignore[arg-type]
+    plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
+    names = str(plain.get("recipe")).split(",")
+    if len(names) > 1:
+        raise ConfigError(
+            f"{folder} holds what {' and '.join(names)} selected, and no trained model",
+            f"run={folder}",
+            f"Train with one of them, ftrun train recipe={names[0]}, and give the folder of that run.",
+        )
+    return folder, settings_from(plain)
 
 
 def settings_from(plain: dict[str, Any]) -> Settings:
@@ -37,6 +45,7 @@ def settings_from(plain: dict[str, Any]) -> Settings:
     values = {"select": select, "picker": picker} | {
         slot: dict(plain.pop(slot)) for slot in registry.SLOTS if slot in plain and slot != "eval"
     }
+    tokens = TokensConfig(values["tokens"].pop("from", None))
     slots = {}
     for slot, knobs in values.items():
         spec = registry.find(slot, knobs.pop("name"))
@@ -50,4 +59,4 @@ def settings_from(plain: dict[str, Any]) -> Settings:
         for name, cls in SECTIONS.items()
     }
     scalars = check_section(plain, registry.read_dataclass(SETTINGS_FILE, "RootConfig"), "")
-    return Settings(**scalars, **sections, slots=slots, eval=evaluators, select=SelectConfig(**shared))
+    return Settings(**scalars, **sections, slots=slots, eval=evaluators, select=SelectConfig(**shared), tokens=tokens)

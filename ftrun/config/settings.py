@@ -101,6 +101,13 @@ class SelectConfig:
 
 
 @dataclass
+class TokensConfig:
+    """The part of the tokens section that every token policy shares."""
+
+    from_run: str | None = None  # run folder whose selection/tokens.parquet gives the static weights
+
+
+@dataclass
 class RootConfig:
     """Keys at the top level of the config."""
 
@@ -129,6 +136,7 @@ class Settings(RootConfig):
     train: TrainConfig = field(default_factory=TrainConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     slots: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     eval: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
@@ -152,10 +160,12 @@ class Settings(RootConfig):
         """The config as nested plain values, laid out as the command line spells its keys."""
         plain = asdict(self)
         slots, evaluators, shared = plain.pop("slots"), plain.pop("eval"), plain.pop("select")
+        from_run = plain.pop("tokens")["from_run"]
         for slot, (name, knobs) in slots.items():
             if slot == "picker":
                 continue
             plain[slot] = {"name": name, **knobs}
+        plain["tokens"]["from"] = from_run
         plain["select"] |= {"model": {"path": shared.pop("model_path")}, **shared}
         picker, knobs = slots["picker"]
         plain["select"]["picker"] = {"name": picker, **knobs}
@@ -175,6 +185,11 @@ def section_knobs(section: str) -> dict[str, registry.Knob]:
 def root_knobs() -> dict[str, registry.Knob]:
     """Knobs at the top level of the config."""
     return registry.read_dataclass(SETTINGS_FILE, "RootConfig")
+
+
+def shared_tokens_knobs() -> dict[str, registry.Knob]:
+    """Knobs of the tokens section that every token policy shares, spelt as below ``tokens.``."""
+    return {"from": registry.read_dataclass(SETTINGS_FILE, "TokensConfig")["from_run"]}
 
 
 def shared_select_knobs() -> dict[str, registry.Knob]:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from ftrun import registry
 from ftrun.config import recipes
 from ftrun.config.recipes import DEFAULT_CHOICES, GROUPS, Recipe
-from ftrun.config.settings import SECTIONS, root_knobs, section_knobs, shared_select_knobs
+from ftrun.config.settings import SECTIONS, root_knobs, section_knobs, shared_select_knobs, shared_tokens_knobs
 from ftrun.registry import Knob
 
 ROOT = "ftrun"
@@ -26,8 +26,14 @@ RECIPE_FILE = "_recipe_file"  # carries the file of a recipe into the processes 
 CHOSEN = "_chosen"  # marks an evaluator that runs: Hydra does not tell the choices of a group that takes several
 
 
-def populate(chosen: Recipe | Sequence[Recipe] = ()) -> None:
-    """Put the root, every component and every group into Hydra's ConfigStore, and these recipes with their blocks."""
+def populate(chosen: Recipe | Sequence[Recipe] = (), combined: Sequence[tuple[str, str]] = ()) -> None:
+    """Put the root, every component and every group into Hydra's ConfigStore, and these recipes with their blocks.
+
+    ``combined`` holds choices of several components as (slot, names joined by +); those of the recipes come by themselves.
+    """
+    wanted = [chosen] if isinstance(chosen, Recipe) else list(chosen)
+    own = {(slot, name) for recipe in wanted for slot, name in recipe.choices.items() if registry.JOINT in str(name)}
+    together = [(slot, name) for slot, name in dict.fromkeys([*combined, *own]) if slot in registry.COMBINED]
     store = ConfigStore.instance()
     store.repo.pop("_block", None)  # an earlier composition's
     for slot in registry.SLOTS:
@@ -35,13 +41,16 @@ def populate(chosen: Recipe | Sequence[Recipe] = ()) -> None:
             package = f"eval.{spec.name}" if slot == "eval" else _package(slot)
             node = _node(spec.knobs, {CHOSEN: True} if slot == "eval" else {})
             store.store(group=slot, name=spec.name, node=node, package=package)
+    for slot, name in together:
+        nodes = {part: _node(registry.find(slot, part).knobs, {}) for part in registry.find(slot, name).parts}
+        store.store(group=slot, name=name, node=OmegaConf.create(nodes), package=_package(slot))
     for group in GROUPS:
         for file in group_files(group).values():
             store.store(group=group, name=file.stem, node=OmegaConf.load(file), package=group)
     for name in ("null", *recipes.catalogue()):
         store.store(group="recipe", name=name, node=OmegaConf.create({}), package="_global_")
-    for recipe in [chosen] if isinstance(chosen, Recipe) else chosen:
-        _store_recipe(store, recipe)
+    for recipe in wanted:
+        _store_recipe(store, recipe, together)
     store.store(name=ROOT, node=_root_node())
 
 
@@ -50,7 +59,7 @@ def group_files(group: str) -> dict[str, Any]:
     return {file.stem: file for file in sorted((registry.PACKAGE / "conf" / group).glob("*.yaml"))}
 
 
-def _store_recipe(store: ConfigStore, recipe: Recipe) -> None:
+def _store_recipe(store: ConfigStore, recipe: Recipe, together: Sequence[tuple[str, str]]) -> None:
     node = dict(recipe.values)
     node |= {"paper": recipe.paper, "fidelity": recipe.fidelity, "differences": recipe.differences}
     node[RECIPE_FILE] = str(recipe.file.resolve())
@@ -63,6 +72,11 @@ def _store_recipe(store: ConfigStore, recipe: Recipe) -> None:
             name = f"{recipe.name}--{recipe.choice(slot)}"
             block = OmegaConf.create(recipe.blocks[slot])
             store.store(group=f"_block/{slot}", name=name, node=block, package=_package(slot))
+    for slot, several in together:
+        # the recipe's values hold beside further methods too
+        if recipe.blocks.get(slot) and recipe.choice(slot) in several.split(registry.JOINT):
+            block = OmegaConf.create({recipe.choice(slot): recipe.blocks[slot]})
+            store.store(group=f"_block/{slot}", name=f"{recipe.name}--{several}", node=block, package=_package(slot))
 
 
 def _package(slot: str) -> str:
@@ -87,6 +101,7 @@ def _root_node() -> DictConfig:
     node |= {section: _node(section_knobs(section), {}) for section in SECTIONS}
     shared = {name: knob.default for name, knob in shared_select_knobs().items()}
     node["select"] = {"model": {"path": shared.pop("model.path")}, **shared}
+    node["tokens"] = {name: knob.default for name, knob in shared_tokens_knobs().items()}
     node["eval"] = {}
     # a run makes its own folder; Hydra only sweeps
     node["hydra"] = {

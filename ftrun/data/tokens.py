@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,8 @@ class TokenTable:
     A long text is several neighbours of one record, each a row of the table for itself; see `continues`.
 
     input_ids: (tokens,) int32; loss_weight: (tokens,) float32; offsets: (sequences + 1,) int64;
-    record, label: (sequences,) int64.
+    record, label: (sequences,) int64. remembered: numbers of every token that a token policy asked for, by name,
+    (tokens,) float32 each.
     """
 
     input_ids: np.ndarray
@@ -39,6 +40,7 @@ class TokenTable:
     record: np.ndarray
     label: np.ndarray
     sequences_per_row: int = 1  # 2 for pairs
+    remembered: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """What a step draws: pairs where ``sequences_per_row`` is 2, else sequences."""
@@ -78,17 +80,17 @@ class TokenTable:
         digest = hashlib.sha256()
         for array in (self.input_ids, self.loss_weight, self.offsets, self.label):
             digest.update(np.ascontiguousarray(array).tobytes())
+        for name, values in sorted(self.remembered.items()):
+            digest.update(name.encode() + np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()[:16]
 
     def with_weights(self, loss_weight: np.ndarray) -> TokenTable:
-        return TokenTable(
-            self.input_ids,
-            loss_weight.astype(np.float32),
-            self.offsets,
-            self.record,
-            self.label,
-            self.sequences_per_row,
-        )
+        return replace(self, loss_weight=loss_weight.astype(np.float32))
+
+    def with_remembered(self, values: dict[str, np.ndarray]) -> TokenTable:
+        """With further numbers of every token, (tokens,) each."""
+        added = {name: np.asarray(numbers, np.float32) for name, numbers in values.items()}
+        return replace(self, remembered=self.remembered | added)
 
     def rows(self, ids: np.ndarray) -> TokenTable:
         """A table of these rows (positions in this table), in this order."""
@@ -102,7 +104,13 @@ class TokenTable:
             else np.zeros(0, np.int64)
         )
         return TokenTable(
-            self.input_ids[take], self.loss_weight[take], offsets, self.record[wanted], self.label[wanted], per
+            self.input_ids[take],
+            self.loss_weight[take],
+            offsets,
+            self.record[wanted],
+            self.label[wanted],
+            per,
+            {name: values[take] for name, values in self.remembered.items()},
         )
 
     def save(self, folder: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ftrun.data.records import Record
 from ftrun.data.render import Renderer
@@ -82,21 +83,8 @@ class Generation(Evaluator):
 
     def _prompts(self, bundle: Bundle, renderer: Renderer, ctx: Context) -> list[Prompt]:
         """The first ``rows`` held-out rows. Raises ConfigError if there are none, DataError for one that is too long."""
-        if ctx.heldout is None or len(ctx.heldout) == 0:
-            raise ConfigError(
-                "eval=generation has no rows: none were held out",
-                f"data.heldout={ctx.settings.data.heldout:g}",
-                "Raise data.heldout, set data.heldout_path, or leave out this evaluator.",
-            )
-        ids = np.asarray(ctx.heldout.ids)
-        if ctx.heldout_tokens is not None:  # rows that the preflight dropped stay out here too
-            ids = ids[np.isin(ids, ctx.heldout_tokens.record)]
         found = []
-        for id in ids[: self.rows]:
-            record, where = ctx.heldout[int(id)], ctx.heldout.origin(int(id))
-            if record.kind not in ("sft", "prompts"):
-                todo = "Use eval=heldout, or rows with a prompt and a response."
-                raise ConfigError(f'eval=generation answers prompts, not rows of kind "{record.kind}"', where, todo)
+        for record, where in heldout_prompts(ctx, self.rows, "generation"):
             prompt = Prompt(record, renderer.prompt_ids(record, where), check_of(record, self.metric, where))
             if len(prompt.ids) + self.max_new_tokens > bundle.context_length:
                 raise DataError(
@@ -108,8 +96,19 @@ class Generation(Evaluator):
             found.append(prompt)
         return found
 
-    def generate(self, bundle: Bundle, prompts: list[list[int]], stops: list[int], seed: int) -> list[list[int]]:
-        """New tokens of every prompt, up to and with the first stop token."""
+    def generate(
+        self,
+        bundle: Bundle,
+        prompts: list[list[int]],
+        stops: list[int],
+        seed: int,
+        processors: Sequence[LogitsProcessor] = (),
+        until: StoppingCriteria | None = None,
+    ) -> list[list[int]]:
+        """New tokens of every prompt, up to and with the first stop token.
+
+        ``processors`` change the logits before anything is drawn; a row also ends where ``until`` says so.
+        """
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), bundle.pad_id)
         mask = torch.zeros_like(ids)
@@ -123,17 +122,18 @@ class Generation(Evaluator):
             num_beams=1,
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
-            eos_token_id=stops,
+            eos_token_id=stops or None,
             pad_token_id=bundle.pad_id,
             use_cache=True,
         )
-        sampling = [OwnNoise(prompts, self.temperature, seed)] if self.temperature > 0 else []
+        changes = [*processors, *([OwnNoise(prompts, self.temperature, seed)] if self.temperature > 0 else [])]
         model: Any = bundle.model
         whole = model.generate(
             input_ids=ids.to(bundle.device),
             attention_mask=mask.to(bundle.device),
             generation_config=config,
-            logits_processor=LogitsProcessorList(sampling),
+            logits_processor=LogitsProcessorList(changes),
+            stopping_criteria=StoppingCriteriaList([until] if until else []),
         )
         return [_until_stop(row, stops) for row in whole[:, longest:].tolist()]
 
@@ -149,6 +149,27 @@ class Generation(Evaluator):
             "finished": float(bool(ids) and ids[-1] in stops),
             "tokens": len(ids),
         }
+
+
+def heldout_prompts(ctx: Context, count: int, evaluator: str) -> list[tuple[Record, str]]:
+    """The first held-out rows with a prompt to answer, and where each comes from. Raises ConfigError if there are none."""
+    if ctx.heldout is None or len(ctx.heldout) == 0:
+        raise ConfigError(
+            f"eval={evaluator} has no rows: none were held out",
+            f"data.heldout={ctx.settings.data.heldout:g}",
+            "Raise data.heldout, set data.heldout_path, or leave out this evaluator.",
+        )
+    ids = np.asarray(ctx.heldout.ids)
+    if ctx.heldout_tokens is not None:  # rows that the preflight dropped stay out here too
+        ids = ids[np.isin(ids, ctx.heldout_tokens.record)]
+    found = []
+    for id in ids[:count]:
+        record, where = ctx.heldout[int(id)], ctx.heldout.origin(int(id))
+        if record.kind not in ("sft", "prompts"):
+            todo = "Use eval=heldout, or rows with a prompt and a response."
+            raise ConfigError(f'eval={evaluator} answers prompts, not rows of kind "{record.kind}"', where, todo)
+        found.append((record, where))
+    return found
 
 
 class OwnNoise(LogitsProcessor):

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ftrun.errors import ConfigError
 from ftrun.models.head import Head
-from ftrun.models.packing import Way, find_way, packed_inputs
+from ftrun.models.packing import Way, find_way, masked_inputs, packed_inputs, require_masks
 from ftrun.models.wrappers import adds_virtual_tokens, kept_output, own_logits, unwrap
 
 if TYPE_CHECKING:
@@ -111,12 +111,20 @@ class Architecture:
             self.packing["way"] = find_way(base, base.get_submodule(self.backbone))
         return self.packing["way"]
 
+    def check_masks(self, model: nn.Module) -> None:
+        """Raise ConfigError where the model cannot be told which token sees which; tried once on a few tokens."""
+        if "own" not in self.packing:
+            base = unwrap(model)
+            require_masks(base, base.get_submodule(self.backbone))
+            self.packing["own"] = "mask"
+
     def hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
         """States after the last norm, (rows, time, width): what the head turns into logits.
 
         Padding is on the right and the mask is causal, so real tokens never see padding and no mask is passed; in a
-        packed batch the restarting positions tell transformers where documents end. Raises ConfigError for a packed
-        batch where the model cannot keep documents apart.
+        packed batch the restarting positions tell transformers where documents end. A batch with ``attention`` of its
+        own is run with that and its positions. Raises ConfigError where the model cannot keep packed documents apart,
+        or does not take such a mask.
         """
         base = unwrap(model)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
@@ -130,13 +138,22 @@ class Architecture:
             inputs["attention_mask"] = batch.attention_mask
             return base.get_submodule(self.backbone)(**inputs).last_hidden_state
         inputs["use_cache"] = False
-        if batch.packed:
-            if adds_virtual_tokens(model):
-                raise ConfigError(
-                    "virtual tokens stand before a row, and a packed row holds several documents",
-                    "train.packing=true with a prompt or prefix adapter",
-                    "Use train.packing=false.",
-                )
+        if (batch.attention is not None or batch.packed) and adds_virtual_tokens(model):
+            packed = batch.attention is None
+            raise ConfigError(
+                "virtual tokens stand before a row, and "
+                + (
+                    "a packed row holds several documents"
+                    if packed
+                    else "this method says which token of it sees which"
+                ),
+                "train.packing=true with a prompt or prefix adapter" if packed else "a prompt or prefix adapter",
+                "Use train.packing=false." if packed else "Use adapter=lora.",
+            )
+        if batch.attention is not None:
+            self.check_masks(model)
+            inputs |= masked_inputs(batch, base)
+        elif batch.packed:
             inputs |= packed_inputs(batch, self.packing_way(model), base)
         if base is model:
             return base.get_submodule(self.backbone)(**inputs).last_hidden_state

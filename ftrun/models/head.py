@@ -50,14 +50,13 @@ def token_nll(hidden: Tensor, head: Head, target_ids: Tensor) -> Tensor:
     weight, bias = head.weight, head.bias
     assert weight is not None
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = in_product_dtype(hidden, weight)
     with torch.autocast(device, enabled=False):
         trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
         if trains_head and torch.is_grad_enabled():
             return _TrainedHeadNll.apply(hidden, weight, bias, target_ids, head.scale, head.cap)
         wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
-        if not wants_gradient and device == "cpu" and dtype == torch.float32:
+        if not wants_gradient and device == "cpu" and weight.dtype == torch.float32:
             return _nll_in_cache(hidden, weight, bias, target_ids, head.scale, head.cap)
         return _FrozenHeadNll.apply(hidden, weight, bias, target_ids, head.scale, head.cap, wants_gradient)
 
@@ -70,8 +69,8 @@ def token_entropy(hidden: Tensor, head: Head) -> Tensor:
     """
     if head.weight is not None:
         hidden = hidden.to(head.weight.dtype)
-    entropy = hidden.new_empty(len(hidden), dtype=_accurate(hidden.dtype))
-    for rows in _chunks(len(hidden), head.vocabulary, entropy.element_size(), buffers=3):
+    entropy = hidden.new_empty(len(hidden), dtype=accurate_dtype(hidden.dtype))
+    for rows in row_chunks(len(hidden), head.vocabulary, entropy.element_size(), buffers=3):
         logits = head.logits(hidden[rows]).to(entropy.dtype)
         entropy[rows] = torch.special.entr(logits.softmax(1)).sum(1)  # 0 where a probability is 0
     return entropy
@@ -112,12 +111,12 @@ class _FrozenHeadNll(torch.autograd.Function):
         cap: float | None,
         wants_gradient: bool,
     ) -> Tensor:
-        nll = hidden.new_empty(len(hidden), dtype=_accurate(hidden.dtype))
+        nll = hidden.new_empty(len(hidden), dtype=accurate_dtype(hidden.dtype))
         unscaled = torch.empty_like(hidden) if wants_gradient else None
-        chunks = _chunks(len(hidden), len(weight), nll.element_size(), buffers=1 if cap is None else 2)
-        space = _space(hidden, weight, chunks)
+        chunks = row_chunks(len(hidden), len(weight), nll.element_size(), buffers=1 if cap is None else 2)
+        space = logits_space(hidden, weight, chunks)
         for rows in chunks:
-            logits = _logits(hidden[rows], weight, bias, scale, cap, space)
+            logits = chunk_logits(hidden[rows], weight, bias, scale, cap, space)
             probabilities, slope, nll[rows] = _softmax_(logits, targets[rows], cap, wants_slope=wants_gradient)
             if unscaled is not None:
                 raw = _raw_gradient_(probabilities, targets[rows], slope)
@@ -139,11 +138,11 @@ class _TrainedHeadNll(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, cap: float | None
     ) -> Tensor:
-        nll = hidden.new_empty(len(hidden), dtype=_accurate(hidden.dtype))
-        chunks = _chunks(len(hidden), len(weight), nll.element_size(), buffers=1)
-        space = _space(hidden, weight, chunks)
+        nll = hidden.new_empty(len(hidden), dtype=accurate_dtype(hidden.dtype))
+        chunks = row_chunks(len(hidden), len(weight), nll.element_size(), buffers=1)
+        space = logits_space(hidden, weight, chunks)
         for rows in chunks:
-            logits = _logits(hidden[rows], weight, bias, scale, cap, space)
+            logits = chunk_logits(hidden[rows], weight, bias, scale, cap, space)
             _, _, nll[rows] = _softmax_(logits, targets[rows], cap, wants_slope=False)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.scale, ctx.cap = scale, cap
@@ -153,27 +152,18 @@ class _TrainedHeadNll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        accurate = _accurate(hidden.dtype)
+        accurate = accurate_dtype(hidden.dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=accurate) if needs_weight else None
         d_bias = torch.zeros_like(bias, dtype=accurate) if needs_bias else None
-        chunks = _chunks(len(hidden), len(weight), upstream.element_size(), buffers=1 if ctx.cap is None else 2)
-        space = _space(hidden, weight, chunks)
+        chunks = row_chunks(len(hidden), len(weight), upstream.element_size(), buffers=1 if ctx.cap is None else 2)
+        space = logits_space(hidden, weight, chunks)
         for rows in chunks:
-            logits = _logits(hidden[rows], weight, bias, ctx.scale, ctx.cap, space)
+            logits = chunk_logits(hidden[rows], weight, bias, ctx.scale, ctx.cap, space)
             probabilities, slope, _ = _softmax_(logits, targets[rows], ctx.cap, wants_slope=True)
             raw = _raw_gradient_(probabilities, targets[rows], slope).mul_((upstream[rows] * ctx.scale).unsqueeze(1))
-            if d_bias is not None:
-                d_bias += raw.sum(0)
-            raw = raw.to(weight.dtype)
-            if d_hidden is not None:
-                d_hidden[rows] = raw @ weight
-            if d_weight is not None:
-                if d_weight.dtype == weight.dtype:
-                    d_weight.addmm_(raw.T, hidden[rows])
-                else:
-                    d_weight += raw.T @ hidden[rows]
+            add_gradients_(raw, rows, hidden, weight, d_hidden, d_weight, d_bias)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         d_bias = None if d_bias is None else d_bias.to(bias.dtype)
         return (d_hidden, d_weight, d_bias, None, None, None)
@@ -184,43 +174,77 @@ def _module_nll(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
 
     def nll(states: Tensor, ids: Tensor) -> Tensor:
         logits = head.logits(states)
-        return F.cross_entropy(logits.to(_accurate(logits.dtype)), ids, reduction="none")
+        return F.cross_entropy(logits.to(accurate_dtype(logits.dtype)), ids, reduction="none")
 
-    size = _accurate(hidden.dtype).itemsize
+    size = accurate_dtype(hidden.dtype).itemsize
     parts = [
         checkpoint(nll, hidden[rows], targets[rows], use_reentrant=False)
         if torch.is_grad_enabled()
         else nll(hidden[rows], targets[rows])
-        for rows in _chunks(len(hidden), head.vocabulary, size, buffers=3)
+        for rows in row_chunks(len(hidden), head.vocabulary, size, buffers=3)
     ]
-    return torch.cat(parts) if parts else hidden.sum(-1).to(_accurate(hidden.dtype))
+    return torch.cat(parts) if parts else hidden.sum(-1).to(accurate_dtype(hidden.dtype))
 
 
-def _chunks(count: int, vocabulary: int, element_size: int, buffers: int) -> list[slice]:
+def in_product_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as their product wants them: in the dtype of autocast where it is on, else in that of the weight."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def add_gradients_(
+    raw: Tensor,
+    rows: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
+    """Spread the gradient ``raw`` (chunk, vocabulary) by what `_bend_` was given onto those that are wanted, in place."""
+    if d_bias is not None:
+        d_bias += raw.sum(0)
+    raw = raw.to(weight.dtype)
+    if d_hidden is not None:
+        d_hidden[rows] = raw @ weight
+    if d_weight is not None:
+        if d_weight.dtype == weight.dtype:
+            d_weight.addmm_(raw.T, hidden[rows])
+        else:
+            d_weight += raw.T @ hidden[rows]
+
+
+def row_chunks(count: int, vocabulary: int, element_size: int, buffers: int) -> list[slice]:
     """Ranges of positions whose logits, ``buffers`` times over, stay within ``LOGITS_BYTES``."""
     rows = max(1, LOGITS_BYTES // (max(1, vocabulary) * element_size * buffers))
     return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
-def _logits(
+def chunk_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None, space: Tensor | None
 ) -> Tensor:
     """Logits of a chunk, in at least float32; they overwrite ``space`` where there is one."""
     raw = hidden @ weight.T if space is None else torch.mm(hidden, weight.T, out=space[: len(hidden)])
-    return _bend_(raw.to(_accurate(raw.dtype)), bias, scale, cap)
+    return _bend_(raw.to(accurate_dtype(raw.dtype)), bias, scale, cap)
 
 
 def _softmax_(
     logits: Tensor, targets: Tensor, cap: float | None, wants_slope: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Softmax in place of the logits, the slope of the cap at every logit, and the targets' nll."""
-    slope = 1 - (logits / cap).square_() if cap is not None and wants_slope else None
+    slope = slope_of_cap(logits, cap) if wants_slope else None
     gold = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
     highest = logits.amax(1)
     logits.sub_(highest.unsqueeze(1)).exp_()
     total = logits.sum(1)
     nll = total.log() + highest - gold
     return logits.div_(total.unsqueeze(1)), slope, nll
+
+
+def slope_of_cap(logits: Tensor, cap: float | None) -> Tensor | None:
+    """Slope of ``cap * tanh(x / cap)`` where it gives ``logits``; None without a cap."""
+    return None if cap is None else 1 - (logits / cap).square_()
 
 
 def _raw_gradient_(probabilities: Tensor, targets: Tensor, slope: Tensor | None) -> Tensor:
@@ -230,9 +254,9 @@ def _raw_gradient_(probabilities: Tensor, targets: Tensor, slope: Tensor | None)
     return probabilities if slope is None else probabilities.mul_(slope)
 
 
-def _space(hidden: Tensor, weight: Tensor, chunks: list[slice]) -> Tensor | None:
+def logits_space(hidden: Tensor, weight: Tensor, chunks: list[slice]) -> Tensor | None:
     """Room for the logits of any of the chunks, where they need no wider type; a fresh buffer for each costs page faults."""
-    if not chunks or hidden.dtype != _accurate(hidden.dtype):
+    if not chunks or hidden.dtype != accurate_dtype(hidden.dtype):
         return None
     return hidden.new_empty(chunks[0].stop, len(weight))
 
@@ -251,5 +275,5 @@ def _bend(raw: Tensor, scale: float, cap: float | None) -> Tensor:
     return scaled if cap is None else torch.tanh(scaled / cap) * cap
 
 
-def _accurate(dtype: torch.dtype) -> torch.dtype:
+def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Whether a packed batch keeps its documents apart, tried on the model itself."""
+"""Which token sees which: whether a packed batch keeps its documents apart, and masks of one's own, tried on the model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ftrun.models import varlen
 if TYPE_CHECKING:
     from ftrun.data.batches import Batch
 
+MASKED = ("sdpa", varlen.NAME, "eager")  # implementations that take a mask of four dimensions as it is
 Way = Literal["positions", "mask"]  # transformers reads the restarting positions, or has to be given the mask
 
 
@@ -41,27 +42,76 @@ def block_diagonal(position_ids: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
+def masked_inputs(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
+    """The mask and the positions that the batch asks for, as arguments for the backbone.
+
+    Raises ConfigError where the rows are longer than the window of a layer that attends to near tokens only: a mask
+    from outside takes the window's place.
+    """
+    assert batch.attention is not None
+    window = _window(model)
+    real = batch.position_ids[batch.sequence >= 0]
+    if window is not None and real.numel() and int(real.max()) >= window:
+        raise ConfigError(
+            f"layers of {type(model).__name__} see {window} tokens, and rows of {int(real.max()) + 1} come with a mask of their own",
+            "a method that arranges what each token sees",
+            f"Use data.max_length={window}, or a model without a window.",
+        )
+    mask = batch.attention[:, None]
+    dtype = _float_mask(model)
+    if dtype is not None:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return {"attention_mask": mask, "position_ids": batch.position_ids}
+
+
 def find_way(base: nn.Module, backbone: nn.Module) -> Way:
     """How this model keeps documents apart; ConfigError where it cannot."""
     ways: list[Way] = ["positions"]
     text_config: Any = base.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
     windowed = getattr(text_config, "sliding_window", None) or getattr(text_config, "layer_types", None)
-    if not windowed and _implementation(base) in ("sdpa", varlen.NAME, "eager"):
+    if not windowed and _implementation(base) in MASKED:
         ways.append("mask")
-    training = [module for module in backbone.modules() if module.training]
-    backbone.eval()
-    try:
-        for way in ways:
-            if _keeps_apart(base, backbone, way):
-                return way
-    finally:
-        for module in training:
-            module.training = True
+    for way in ways:
+        if _tried(base, backbone, way):
+            return way
     raise ConfigError(
         f"{type(base).__name__} mixes the documents of a packed row",
         "train.packing=true",
         "Use train.packing=false.",
     )
+
+
+def require_masks(base: nn.Module, backbone: nn.Module) -> None:
+    """Raise ConfigError where this model cannot be told which token sees which, and where each stands."""
+    if _implementation(base) not in MASKED:
+        raise ConfigError(
+            f"this method says which token sees which, and {_implementation(base)} takes no such mask",
+            f"model.attention={_implementation(base)}",
+            "Use model.attention=sdpa.",
+        )
+    if not _tried(base, backbone, "mask"):
+        raise ConfigError(
+            f"{type(base).__name__} does not heed a mask and positions from outside, which this method needs",
+            todo="Use a model with rotary positions and full attention, such as Llama or Qwen2.",
+        )
+
+
+def _tried(base: nn.Module, backbone: nn.Module, way: Way) -> bool:
+    training = [module for module in backbone.modules() if module.training]
+    backbone.eval()
+    try:
+        return _keeps_apart(base, backbone, way)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _window(model: nn.Module) -> int | None:
+    """Tokens that the layer with the shortest sight sees; None: all."""
+    config: Any = model.config
+    text_config = config.get_text_config(decoder=True)
+    sizes = [getattr(text_config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((size for size in sizes if size), default=None)
 
 
 @torch.no_grad()

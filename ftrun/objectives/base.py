@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from ftrun.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ftrun.config.settings import Settings
+    from ftrun.context import Context
     from ftrun.data.batches import Batch
+    from ftrun.models.bundle import Bundle
     from ftrun.training.view import StepView
 
 Kind = Literal["sft", "text", "pairs", "prompts", "labels"]
@@ -44,9 +46,23 @@ class Objective:
                 f"objective={name} needs every row apart", "train.packing=true", "Use train.packing=false."
             )
 
+    def attach(self, bundle: Bundle, ctx: Context) -> nn.Module | None:
+        """A module whose parameters train with the model and lie in its checkpoints, but not in what is saved.
+
+        The objective keeps it for its loss.
+        """
+        return None
+
     def count(self, batch: Batch) -> float:
         """What the summed loss of this batch is divided by: known before the forward pass, added up over all ranks."""
         raise NotImplementedError
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Further numbers of this batch, known before the forward pass; ``view.counts`` has their sums over the step.
+
+        A second mean in the loss is ``its sum * view.counts["loss"] / view.counts["its name"]``; "loss" is `count`.
+        """
+        return {}
 
     def loss(self, view: StepView) -> Loss:
         """The summed loss of one micro-batch."""

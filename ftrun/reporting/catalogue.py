@@ -16,7 +16,14 @@ from rich.table import Table
 from ftrun import registry
 from ftrun.config import recipes
 from ftrun.config.recipes import DEFAULT_CHOICES, GROUPS, Recipe
-from ftrun.config.settings import SECTIONS, Settings, root_knobs, section_knobs, shared_select_knobs
+from ftrun.config.settings import (
+    SECTIONS,
+    Settings,
+    root_knobs,
+    section_knobs,
+    shared_select_knobs,
+    shared_tokens_knobs,
+)
 from ftrun.errors import ConfigError, nearest
 from ftrun.registry import Knob, type_name
 
@@ -166,11 +173,17 @@ def sections(settings: Settings, recipe: Recipe | None, overrides: Sequence[str]
     yield "top level", values("", root, vars(settings))
     for slot, (name, knobs) in settings.slots.items():
         prefix = "select.picker." if slot == "picker" else f"{slot}."
-        kept = recipe is not None and recipe.choice(slot) == name  # a recipe's values for a slot leave with its choice
-        found = values(prefix, registry.find(slot, name).knobs, knobs, kept)
+        # a recipe's values for a slot leave with its choice
+        kept = recipe is not None and recipe.choice(slot) in name.split(registry.JOINT)
+        parts = registry.find(slot, name).parts
+        found = [] if parts else values(prefix, registry.find(slot, name).knobs, knobs, kept)
+        for part in parts:
+            found += values(f"{prefix}{part}.", registry.find(slot, part).knobs, knobs[part], kept)
         if slot == "select":
             shared = vars(settings.select) | {"model.path": settings.select.model_path}
             found += values(prefix, shared_select_knobs(), shared, kept)
+        if slot == "tokens":
+            found += values(prefix, shared_tokens_knobs(), {"from": settings.tokens.from_run}, kept)
         chosen_by = "command line" if slot in typed else "recipe" if recipe and slot in recipe.choices else "default"
         yield f"{slot}={name}  ({chosen_by})", found
     for name, knobs in settings.eval:

@@ -16,6 +16,7 @@ from ftrun.reporting.curves import training_section
 from ftrun.reporting.markup import Markup, escape, tag
 from ftrun.reporting.results import key_numbers, predictions_section
 from ftrun.reporting.run import Run
+from ftrun.reporting.tokenchoice import moved_section
 from ftrun.reporting.weights import weights_section
 
 SLOTS = ("select", "tokens", "adapter", "quant", "objective", "optim", "schedule")
@@ -41,6 +42,7 @@ def render(run: Run) -> str:
         ("Training", training_section(run)),
         ("Selection", _selection(run)),
         ("Token weights", weights_section(run)),
+        ("Token weights over the steps", moved_section(run)),
         ("Predictions", predictions_section(run)),
         ("Differences from the paper", _listed(run.config.get("differences"))),
         ("Run it again", _again(run)),

@@ -107,9 +107,23 @@ class Run:
         """Columns of tokens.parquet, the tokens themselves left out."""
         return self._columns(f"{self.selection_in}/tokens.parquet", without="token")
 
+    @cached_property
+    def token_columns(self) -> dict[str, np.ndarray]:
+        """Columns of tokens.parquet with the tokens."""
+        return self._columns("selection/tokens.parquet")
+
+    @cached_property
+    def token_weights(self) -> list[dict[str, Any]]:
+        """Lines of token_weights.jsonl: how the token policy weighed in every step."""
+        return self._jsonl("train/token_weights.jsonl")
+
     def token_rows(self, ids: Collection[int]) -> dict[str, np.ndarray]:
         """All columns of tokens.parquet for these rows."""
         return self._columns(f"{self.selection_in}/tokens.parquet", filters=[("id", "in", list(ids))])
+
+    def scored_tokens(self, ids: Collection[int]) -> dict[str, np.ndarray]:
+        """What the scorer said of the tokens of these rows: all columns of token_scores.parquet."""
+        return self._columns(f"{self.selection_in}/token_scores.parquet", filters=[("id", "in", list(ids))])
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:

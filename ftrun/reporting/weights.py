@@ -11,6 +11,7 @@ import numpy as np
 from ftrun.reporting.histograms import histogram
 from ftrun.reporting.markup import Markup, tag
 from ftrun.reporting.run import Run
+from ftrun.reporting.tokenchoice import choice_tables
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -82,6 +83,7 @@ def weights_section(run: Run) -> Markup | None:
                 "Score of every token; trained tokens stand out.",
             )
         )
+    parts += choice_tables(run)
     identities = np.unique(columns["id"])
     chosen = identities[np.unique(np.linspace(0, len(identities) - 1, ROWS).astype(int))]
     shown = run.token_rows(chosen.tolist())

@@ -22,7 +22,10 @@ class WarmupSchedule(Schedule):
             )
 
     def warmup_steps(self, total: int) -> int:
-        return math.ceil(self.warmup * total) if self.warmup < 1 else math.ceil(self.warmup)
+        """A share leaves at least the last step to the peak: a run of one step would else learn nothing."""
+        if self.warmup < 1:
+            return min(math.ceil(self.warmup * total), total - 1)
+        return math.ceil(self.warmup)
 
     def factor(self, step: int, total: int) -> float:
         warmup = self.warmup_steps(total)

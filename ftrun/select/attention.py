@@ -1,4 +1,4 @@
-"""Attention maps of a model's last layers, each looked at as it is made and then let go."""
+"""Attention maps of a model's layers: looked at as they are made, or made again from what a layer was given."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,63 @@ def states_and_maps(bundle: Bundle, batch: Batch, layers: int, look: Callable[[T
     return states
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """What the attention module of a layer was given for one batch, without gradient."""
+
+    module: Any
+    states: Tensor  # (rows, time, width)
+    named: dict[str, Any]  # the other arguments
+
+    @torch.no_grad()
+    def map_of(self, row: int, start: int, end: int) -> Tensor:
+        """Attention within the sequence that stands in ``row`` from ``start`` to ``end``, (heads, queries, keys).
+
+        Computed as if the sequence stood alone, without dropout. Raises ComponentError for a module that gives no map.
+        """
+        found: list[Tensor] = []
+        training = [part for part in self.module.modules() if part.training]
+        self.module.eval()
+        try:
+            with _eager(self.module, end - start, found.append):
+                self.module(self.states[row : row + 1, start:end], **self._named_of(row, start, end))
+        finally:
+            for part in training:
+                part.training = True
+        if not found:
+            raise _no_maps(type(self.module).__name__)
+        return found[0][0]
+
+    def _named_of(self, row: int, start: int, end: int) -> dict[str, Any]:
+        """The arguments cut to one sequence: rotations and positions; masks, caches and bounds of others left out."""
+        kept: dict[str, Any] = {}
+        for name, value in self.named.items():
+            if name == "position_embeddings":
+                kept[name] = tuple(table[min(row, len(table) - 1)][None, start:end] for table in value)
+            elif name == "position_ids" and isinstance(value, Tensor):
+                kept[name] = value[min(row, len(value) - 1)][None, start:end]
+            elif not isinstance(value, Tensor) and "past" not in name:
+                kept[name] = value
+        return kept
+
+
+@contextmanager
+def kept_calls(layer: nn.Module, calls: list[AttentionCall]) -> Iterator[None]:
+    """Within it, ``calls`` gets what the attention of ``layer`` is given in each forward pass."""
+    attention = _attention_of(layer)
+
+    def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        others = dict(named)
+        states = given[0] if given else others.pop("hidden_states")
+        calls.append(AttentionCall(attention, states.detach(), others))
+
+    handle = attention.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _attention_of(layer: nn.Module) -> Any:
     for name, module in layer.named_modules():
         if re.search("attn|attention", name.rpartition(".")[2]) and hasattr(module, "config"):
@@ -60,7 +118,10 @@ def _eager(attention: Any, time: int, look: Callable[[Tensor], None]) -> Iterato
     def masked(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # the other layers need no mask to be causal, so the model makes none that eager attention could use
         states = given[0] if given else named["hidden_states"]
-        mask[:] = mask or [_causal(time, getattr(attention, "sliding_window", None), states)]
+        window = getattr(
+            attention, "sliding_window", getattr(shared, "sliding_window", None)
+        )  # of the layer, or of all
+        mask[:] = mask or [_causal(time, window, states)]
         return given, named | {"attention_mask": mask[0]}
 
     def shown(_: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
@@ -92,5 +153,5 @@ def _causal(time: int, window: int | None, like: Tensor) -> Tensor:
 
 def _no_maps(model: str) -> ComponentError:
     return ComponentError(
-        f"the attention of {model} gives no maps", todo="Score with another model: select.model.path=..."
+        f"the attention of {model} gives no maps", todo="Use another model; to score only: select.model.path=..."
     )

@@ -53,6 +53,20 @@ class Budget:
 
 
 @dataclass
+class PlannedTraining:
+    """A training that a selection makes on its way, for `ftrun plan`."""
+
+    rows: int
+    epochs: int
+    batch_size: int
+    full: bool = False  # of all weights, not of adapters
+
+    @property
+    def steps(self) -> int:
+        return -(-self.rows * self.epochs // min(self.batch_size, self.rows)) if self.rows else 0
+
+
+@dataclass
 class Scorer:
     """Base of scorers."""
 
@@ -70,6 +84,10 @@ class Scorer:
     def planned_tokens(self, lengths: np.ndarray) -> float:
         """About how many tokens scoring rows of these lengths puts through the model, for `ftrun plan`."""
         return float(lengths.sum()) * self.passes
+
+    def planned_trainings(self, rows: int) -> list[PlannedTraining]:
+        """What scoring a pool of so many rows trains on the way, for `ftrun plan`."""
+        return []
 
     def files(self) -> list[str]:
         """Files of rows that knobs name: what they hold belongs to the key of the stage cache."""
@@ -89,10 +107,22 @@ class Picker:
     budget_use: ClassVar[Literal["required", "optional", "none"]] = "required"
     needs_scores: ClassVar[bool] = True  # ranks by a column; False: works with select=none too
     needs_similarity: ClassVar[bool] = False  # picks by how near rows are to queries
+    orders: ClassVar[bool] = False  # has `passes`: training sees the rows in its order, not in one drawn anew
 
     def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
         """Places in the pool of the picked rows, best first, out of ``candidates`` (places). ``column`` is ranked higher first.
 
         Ties break by the lower place.
+        """
+        raise NotImplementedError
+
+    def planned_trainings(self, rows: int) -> list[PlannedTraining]:
+        """What picking so many rows trains on the way, for `ftrun plan`."""
+        return []
+
+    def passes(self, score: np.ndarray, batch_size: int, seed: int) -> list[np.ndarray]:
+        """Positions of the rows of the first passes of training; it shuffles all rows for those that follow.
+
+        ``score``: (rows,) of the rows to train on, in their order; ``batch_size``: rows of an optimiser step.
         """
         raise NotImplementedError

@@ -33,6 +33,7 @@ from ftrun.training.signals import StopSignals
 if TYPE_CHECKING:
     from ftrun.data.pool import Pool
     from ftrun.models.bundle import Bundle
+    from ftrun.objectives.base import Objective
     from ftrun.select.scoring import Scoring
     from ftrun.select.texts import Turns
 
@@ -131,6 +132,10 @@ class InnerTraining:
                 if epoch.trainer.progress.step == epoch.trainer.plan.steps:
                     yield epoch
 
+    def objective(self) -> Objective:
+        """What the model learns of the table."""
+        return registry.build("objective", "sft")
+
     # ---- parts ----
 
     def _key(self, table: TokenTable, base: Bundle, seed: int) -> str:
@@ -148,7 +153,7 @@ class InnerTraining:
             keep_checkpoints=self.epochs,
         )
         settings = replace(ctx.settings, train=train, task="causal")
-        return replace(ctx, settings=settings, out=out, bundle=replace(ctx.scorer.bundle), train_tokens=table)
+        return replace(ctx, settings=settings, out=out, bundle=replace(ctx.scorer.bundle), train_tokens=table, begin=[])
 
     def _trainer(self, ctx: Context, table: TokenTable, title: str) -> Trainer:
         assert ctx.bundle is not None
@@ -159,7 +164,7 @@ class InnerTraining:
             adapter=registry.build("adapter", "lora", self.lora)
             if self.trains == "lora"
             else registry.build("adapter", "none"),
-            objective=registry.build("objective", "sft"),
+            objective=self.objective(),
             tokens=registry.build("tokens", "none"),
             optim=registry.build("optim", "adamw", {"learning_rate": self.learning_rate}),
             schedule=registry.build("schedule", self.schedule, self._schedule_knobs()),
@@ -191,11 +196,12 @@ class InnerTraining:
         return self.learning_rate * float(np.mean(factors))
 
 
-def prepared_rows(pool: Pool, ctx: Context) -> Prepared:
+def prepared_rows(pool: Pool, ctx: Context, kinds: tuple[str, ...] = ("sft",)) -> Prepared:
     """The rows as training would see them, by the tokenizer of the model that scores. Raises DataError, ConfigError."""
-    if pool.kind != "sft":
+    if pool.kind not in kinds:
         raise DataError(
-            f"this selection trains on answers; these are {pool.kind} rows (format {pool.format})",
+            f"this selection trains on {'answers or texts' if 'text' in kinds else 'answers'}; "
+            f"these are {pool.kind} rows (format {pool.format})",
             f"data.path={ctx.settings.data.path}",
             "Use rows with prompts and responses, or another selector.",
         )
@@ -247,14 +253,14 @@ def trainable(table: TokenTable) -> TokenTable:
     return table.rows(np.flatnonzero(table.trained_counts() > 0))
 
 
-def by_content(table: TokenTable) -> np.ndarray:
-    """Positions of the rows sorted by a hash of what they say, (rows,)."""
+def by_content(table: TokenTable, salt: str = "") -> np.ndarray:
+    """Positions of the rows sorted by a hash of what they say, (rows,); each ``salt`` gives another order."""
     hashes = []
     for index in range(len(table)):
         sequence = table.sequence(index)
         content = np.ascontiguousarray(sequence.input_ids, np.int32).tobytes()
         content += np.ascontiguousarray(sequence.loss_weight, np.float32).tobytes()
-        hashes.append(hashlib.blake2b(content, digest_size=16).digest())
+        hashes.append(hashlib.blake2b(content, digest_size=16, key=salt.encode()).digest())
     return np.array(sorted(range(len(hashes)), key=hashes.__getitem__), np.int64)
 
 

@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from ftrun.artifacts import write_text
-from ftrun.chain import Chain, carry_out
+from ftrun.chain import Chain
 from ftrun.config.compose import Composed
 from ftrun.config.settings import Settings
 from ftrun.context import Context
 from ftrun.data.pool import Pool
+from ftrun.recorded import carry_out
 from ftrun.select.content import Content
 from ftrun.select.run import written_beside
 from ftrun.select.shared import Shared, scoring_model
@@ -52,8 +53,8 @@ class Selections(Chain):
         shared = agreed([chain.resolved() for chain in self.chains.values()])
         return shared | {"recipe": self.settings.recipe, "out": self.settings.out}
 
-    def _stages(self) -> None:
-        pool = self._read_pool()
+    def stages(self) -> None:
+        pool = self.read_pool()
         self.ctx.facts["data"] = pool.fingerprint
         shared = Shared(self.ctx.selection / "shards", Content(pool, self.settings.seed))
         for name in self._by_model():
@@ -78,13 +79,13 @@ class Selections(Chain):
             write_text(chain.ctx.selection / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(chain.resolved())))
         for note in chain.composed.notes:
             self.report.note(note)
-        chain._check_kind(pool)
-        chain._select(pool)
+        chain.check_kind(pool)
+        chain.select(pool)
         self.ctx.facts |= {f"selection {name}": chain.ctx.facts.get("selection")}
 
-    def _close(self, status: str, error: Exception | None) -> dict[str, Any]:
+    def close(self, status: str, error: Exception | None) -> dict[str, Any]:
         self.counts.setdefault("total", max(chain.counts.get("total", 0) for chain in self.chains.values()))
-        return super()._close(status, error)
+        return super().close(status, error)
 
     def extra_summary(self) -> dict[str, Any]:
         """What every recipe chose, as its own summary says."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ftrun import registry
 from ftrun.errors import ComponentError, ConfigError, DataError, ResourceError
 from ftrun.select.base import Similarity, Table
 from ftrun.training.memory import available_bytes
@@ -89,12 +90,18 @@ def nearest_query(similarity: Similarity, known: np.ndarray) -> np.ndarray:
     return np.where(known, similarity.matrix.max(axis=0), np.nan).astype(np.float64)
 
 
+def comparing_scorers() -> str:
+    """Those that say how near rows are to queries, as a message names them."""
+    *others, last = registry.marked("select", "gives_similarity")
+    return f"select={', '.join(others)} or {last}"
+
+
 def similarity_of(table: Table) -> Similarity:
     """The similarities that a picker works on. Raises ConfigError when the scorer made none."""
     if table.similarity is None:
         raise ConfigError(
             "this picker picks rows near your queries, and the scorer compares with none",
-            todo="Use select=rds_plus, embedding_similarity or less, or another picker.",
+            todo=f"Use {comparing_scorers()}, or another picker.",
         )
     if table.similarity.matrix.shape[1] != len(table):
         raise ComponentError(

@@ -22,10 +22,12 @@ from ftrun.select.audit import Audit, audit, rows_to_keep
 from ftrun.select.base import Budget, Picker, Scorer, Table
 from ftrun.select.content import Content
 from ftrun.select.dedup import THRESHOLD, duplicates
-from ftrun.select.pickers.own import Own
+from ftrun.select.nearest import comparing_scorers
+from ftrun.select.order import picker_of
 from ftrun.select.scoring import Scoring
 from ftrun.select.shared import Shared
 from ftrun.select.texts import encode, row_text
+from ftrun.select.token_scores import TOKEN_SCORES
 
 if TYPE_CHECKING:
     from ftrun.config.settings import Settings
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 NAMED_IDS = 20  # rows that summary.json names a reason
 FILES = ("lengths.parquet", "audit.parquet", "examples.jsonl", "scores.parquet", "selected.jsonl", "summary.json")
 EMBEDDINGS = "embeddings.npy"  # where the scorer made some and they are not too many
+SOMETIMES = (EMBEDDINGS, TOKEN_SCORES)
 
 
 @dataclass
@@ -62,9 +65,7 @@ def run_selection(
     Raises ConfigError for a missing or useless budget, DataError when nothing is picked.
     """
     scorer: Scorer = settings.component("select")
-    picker: Picker = settings.component("picker")
-    if isinstance(picker, Own):
-        picker = picker.of(scorer)
+    picker = picker_of(settings)
     budget = _budget(settings, scorer, picker, len(pool))
     folder = ctx.selection
     ctx.scoring = Scoring(
@@ -101,7 +102,7 @@ def _budget(settings: Settings, scorer: Scorer, picker: Picker, rows: int) -> Bu
         raise ConfigError(
             f"picker={settings.choice('picker')} picks rows near your queries, and select={name} compares with none",
             f"select={name} select.picker={settings.choice('picker')}",
-            "Use select=rds_plus, embedding_similarity or less, with select.queries=[dev.jsonl]; or another picker.",
+            f"Use {comparing_scorers()}, with select.queries=[dev.jsonl]; or another picker.",
         )
     wanted = parse_budget(settings.budget)
     if wanted is None:

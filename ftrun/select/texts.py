@@ -43,6 +43,14 @@ class Turns:
         total = np.bincount(self.row[known], weights=values[known], minlength=rows)
         return np.divide(total, count, out=np.full(rows, np.nan), where=count > 0)
 
+    @property
+    def starts(self) -> np.ndarray:
+        """Tokens that the turns before it in its row have, prompts included, (turns,)."""
+        sizes = np.array([len(x) + len(y) for x, y in zip(self.prompt, self.response, strict=True)], np.int64)
+        before = np.cumsum(sizes) - sizes
+        _, first, number = np.unique(self.row, return_index=True, return_inverse=True)
+        return before - before[first[number]]
+
 
 def read_turns(pool: Iterable[Record], ctx: Context, form: Form) -> Turns:
     """Tokenise every assistant turn of the pool, prompt and response apart.

@@ -1,17 +1,23 @@
-"""The static half of a token policy: weights of all tokens, once, before training."""
+"""What a token policy does before training: it edits rows, weighs all tokens once, and remembers numbers of them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ftrun.errors import ComponentError
+from ftrun.context import cache_dir
+from ftrun.data.pool import Pool, load_pool
+from ftrun.errors import ComponentError, ConfigError, DataError
 from ftrun.select.run import written_beside
 from ftrun.tokens.base import TokenPolicy
+from ftrun.tokens.reuse import FILE, Lines, read_tokens, write_origin
 
 if TYPE_CHECKING:
     from ftrun.context import Context
@@ -23,19 +29,79 @@ SCHEMA = pa.schema(
 TOKENS_AT_ONCE = 1_000_000
 
 
-def run_tokens(policy: TokenPolicy, table: TokenTable, ctx: Context) -> TokenTable:
-    """The table with the policy's weights; selection/tokens.parquet says what became of every token.
+def edit_rows(policy: TokenPolicy, pool: Pool, ctx: Context, name: str = "edited") -> Pool:
+    """The rows that the policy makes of these, as selection/<name>.jsonl holds them; a resumed run reads them there.
 
-    A policy that works inside the step leaves the table as it is.
+    Their ids count from 0 anew; ``row`` of each says what it was made of. Raises DataError when none is left.
     """
-    if not policy.static:
+    path = ctx.out / "selection" / f"{name}.jsonl"
+    there = path.exists() if ctx.team.rank == 0 else False
+    if not ctx.team.gather_object(there)[0]:
+        rows = policy.edit(pool, ctx)  # every process draws the rows: some share the work of making them
+        if ctx.team.rank == 0:
+            with written_beside(path) as beside, beside.open("w") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        else:
+            _run_through(rows)
+    ctx.team.barrier()
+    if not path.stat().st_size:
+        raise DataError(
+            f"tokens={ctx.settings.choice('tokens')} leaves none of {len(pool):,} {'held-out ' * (pool is ctx.heldout)}rows",
+            f"data.path={ctx.settings.data.path}",
+            "The log says why rows were left out.",
+        )
+    data = replace(ctx.settings.data, path=str(path), format="auto", columns={}, weights=None, limit=None)
+    edited = load_pool(data, cache_dir() / "data", ctx.seed)
+    ctx.report.note(f"{len(edited):,} rows made of {len(pool):,}: {path}")
+    return edited
+
+
+def _run_through(rows: Iterator[Any]) -> None:
+    for _ in rows:
+        pass
+
+
+def run_tokens(policy: TokenPolicy, table: TokenTable, ctx: Context) -> TokenTable:
+    """The table with the policy's weights and what it remembers; selection/tokens.parquet says what became of every token.
+
+    With ``tokens.from`` they are those of another run. A policy that works inside the step leaves the table as it is.
+    """
+    stored = read_tokens(ctx.settings.tokens.from_run, table, ctx) if ctx.settings.tokens.from_run else None
+    if not (stored or policy.static or policy.remembers or policy.edits):
         return table
-    scores, weights = policy.precompute(table, ctx)
+    scores, weights = np.full(len(table.input_ids), np.nan), np.asarray(table.loss_weight)
+    if stored:
+        _check_methods(policy, stored.methods, ctx)
+        scores, weights = stored.scores, stored.weights
+    elif policy.static:
+        scores, weights = policy.precompute(table, ctx)
     if not (len(scores) == len(weights) == len(table.input_ids)) or not np.isfinite(weights).all():
         raise ComponentError(f"tokens={ctx.settings.choice('tokens')} gives no weight to some tokens")
-    if ctx.team.rank == 0:
-        write_tokens(ctx.out / "selection" / "tokens.parquet", table, scores, weights)
     weighed = table.with_weights(weights)
+    if stored and stored.remembered:
+        weighed = weighed.with_remembered(stored.remembered)
+    elif policy.remembers:
+        weighed = weighed.with_remembered(policy.remember(weighed, ctx))
+    if ctx.team.rank == 0:
+        write_tokens(ctx.out / "selection" / FILE, weighed, scores)
+        write_origin(ctx.out / "selection", ctx)
+    if stored or policy.static:
+        _tell(table, weighed, ctx)
+    return _without_empty(weighed, ctx) if policy.drops_empty else weighed
+
+
+def _check_methods(policy: TokenPolicy, methods: list[str], ctx: Context) -> None:
+    """Refuse weights that another method made than the one that was asked for. Raises ConfigError."""
+    mine = set(ctx.settings.choice("tokens").split("+"))
+    if (policy.static or policy.remembers) and not mine & set(methods):
+        raise ConfigError(
+            f"the weights there were made by {' and '.join(methods)}, not by {' and '.join(sorted(mine))}",
+            f"tokens.from={ctx.settings.tokens.from_run}",
+            f"Use tokens={methods[0]} or tokens=none with them, or leave tokens.from out.",
+        )
+
+
+def _tell(table: TokenTable, weighed: TokenTable, ctx: Context) -> None:
     before, after = table.trained_counts(), weighed.trained_counts()
     ctx.report.note(f"{int(after.sum())} of {int(before.sum())} trained tokens keep a weight")
     emptied = int(((before > 0) & (after == 0)).sum())
@@ -43,30 +109,30 @@ def run_tokens(policy: TokenPolicy, table: TokenTable, ctx: Context) -> TokenTab
         ctx.report.warn(
             f"{emptied} of {len(before)} sequences have no trained token left: they are read, and teach nothing"
         )
-    return weighed
 
 
-def write_tokens(path: Path, table: TokenTable, scores: np.ndarray, weights: np.ndarray) -> None:
-    """One line a token; ``position`` counts from 0 in its row (a pair counts on from chosen to rejected).
+def _without_empty(table: TokenTable, ctx: Context) -> TokenTable:
+    taught = table.trained_counts().reshape(len(table), -1).any(axis=1)
+    if not taught.all():
+        ctx.report.note(f"{int((~taught).sum())} of them are left out of training")
+    return table.rows(np.flatnonzero(taught))
 
-    The token that a piece of a text repeats from the piece before is one token of the row, written once.
-    """
-    lengths = table.lengths
-    repeated = np.zeros(len(table.input_ids), bool)
-    repeated[table.offsets[:-1][table.continues]] = True
-    lines = np.flatnonzero(~repeated)
-    ids = np.repeat(table.record, lengths)[lines]
-    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1))  # first line of every row
-    positions = np.arange(len(lines)) - np.repeat(starts, np.diff(starts, append=len(lines)))
-    with written_beside(path) as beside, pq.ParquetWriter(beside, SCHEMA) as writer:
-        for first in range(0, len(lines), TOKENS_AT_ONCE):
+
+def write_tokens(path: Path, table: TokenTable, scores: np.ndarray) -> None:
+    """One line a token, as `Lines` says; what the policy remembers of the tokens stands in further columns."""
+    further = [pa.field(name, pa.float32()) for name in table.remembered]
+    schema = pa.schema([*SCHEMA, *further])
+    lines = Lines.of(table)
+    with written_beside(path) as beside, pq.ParquetWriter(beside, schema) as writer:
+        for first in range(0, len(lines.tokens), TOKENS_AT_ONCE):
             part = slice(first, first + TOKENS_AT_ONCE)
-            tokens = lines[part]
+            tokens = lines.tokens[part]
             columns = [
-                pa.array(ids[part], pa.int64()),
-                pa.array(positions[part], pa.int64()),
+                pa.array(lines.ids[part], pa.int64()),
+                pa.array(lines.positions[part], pa.int64()),
                 pa.array(table.input_ids[tokens], pa.int64()),
                 pa.array(scores[tokens].astype(np.float64), pa.float64(), from_pandas=True),  # NaN as null
-                pa.array(weights[tokens].astype(np.float64), pa.float64()),
+                pa.array(table.loss_weight[tokens].astype(np.float64), pa.float64()),
+                *(pa.array(values[tokens], pa.float32(), from_pandas=True) for values in table.remembered.values()),
             ]
-            writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA))
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))

@@ -34,10 +34,12 @@ from ftrun.models.fast import packs_for_free
 from ftrun.objectives.base import Objective
 from ftrun.schedules.base import Schedule
 from ftrun.tokens.base import TokenPolicy
-from ftrun.training import checkpoint, memory
+from ftrun.tokens.classes import token_classes
+from ftrun.training import checkpoint, memory, weightlog
 from ftrun.training.checkpoint import Progress
 from ftrun.training.signals import StopSignals
 from ftrun.training.view import StepView
+from ftrun.training.weightlog import WeightLog
 
 Reference = Callable[[], AbstractContextManager[nn.Module]]
 
@@ -64,13 +66,22 @@ class Trainer:
         self.settings = self.ctx.settings.train
         self.team = self.ctx.team
         self.plan = Plan.of(
-            len(self.table), self.settings.batch_size, self.settings.epochs, self.settings.max_steps, self.ctx.seed
+            len(self.table),
+            self.settings.batch_size,
+            self.settings.epochs,
+            self.settings.max_steps,
+            self.ctx.seed,
+            self.tokens.order(self.table),
+            self.ctx.begin,
         )
         self.folder = self.ctx.out / "train"
-        joins = self.objective.packs and packs_for_free(self.bundle.model, self.bundle.architecture)
+        apart = not (self.objective.packs and self.tokens.packs)
+        joins = not apart and packs_for_free(self.bundle.model, self.bundle.architecture)
         self.batch_tokens = token_budget(self.settings.batch_tokens, self.team.device)
         self.packing = joins if self.settings.packing is None else self.settings.packing
         self.progress.data = self.table.fingerprint()
+        if self.tokens.dynamic:
+            self.weight_log = WeightLog(token_classes(self.bundle.tokenizer, self.bundle.architecture.vocabulary))
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         if not self.table.trained_counts().any() and self.objective.kind != "labels":
             raise DataError(
@@ -93,9 +104,13 @@ class Trainer:
         if resume:
             self.restore(resume)
         self.folder.mkdir(parents=True, exist_ok=True)
+        steps = self.plan.steps
+        if not any(rate * self.schedule.factor(step, steps) for rate in self.peak_rates for step in range(steps)):
+            self.ctx.report.warn(f"the learning rate is 0 in all {steps} steps: nothing is learned")
         end = self.plan.steps if until is None else until
         with (
-            self._metrics_file() as metrics,
+            self._log_file("metrics.jsonl") as metrics,
+            self._log_file(weightlog.FILE if self.tokens.dynamic else None) as weights,
             self.ctx.report.task(self.title, end, unit="steps", start=self.progress.step) as bar,
         ):
             self._bar = bar
@@ -103,6 +118,7 @@ class Trainer:
             while self.progress.step < end:
                 facts = self._step(self.progress.step)
                 self._log(facts, metrics, bar)
+                self._log_weights(weights)
                 stop = self._anyone_asked_to_stop(signals)
                 self._save_and_evaluate(metrics, force=stop or self.progress.step == end)
                 if stop:
@@ -117,20 +133,15 @@ class Trainer:
 
     def _step(self, step: int) -> dict[str, float]:
         started = time.perf_counter()
+        self.tokens.before_step(step, self)
         torch.manual_seed(int(np.random.SeedSequence([self.ctx.seed, step, self.team.rank]).generate_state(1)[0]))
         self.adapter.before_step(step)
         self.bundle.model.train()
         batches = self._my_batches(step)
-        local = [
-            sum(self.objective.count(b) for b in batches),
-            sum(b.tokens for b in batches),
-            sum(b.trained_tokens for b in batches),
-        ]
-        count, tokens, trained = self.team.sum(
-            torch.tensor(local, dtype=torch.float64, device=self.team.device)
-        ).tolist()
+        counts = self._counts(batches)
+        count, tokens, trained = counts["loss"], counts.pop("tokens"), counts.pop("trained_tokens")
         with memory.memory_guard(f"training step {step + 1}", self._advice()):
-            sums = self._backward(batches, max(count, 1.0))
+            sums = self._backward(batches, max(count, 1.0), counts)
             self.team.sum_gradients(list(self.parameters.values()))
         names = sorted(sums)
         totals = self.team.sum(
@@ -162,11 +173,26 @@ class Trainer:
         }
         return head | {"tokens_per_s": tokens / seconds, "memory_bytes": memory.current_bytes(), **facts}
 
-    def _backward(self, batches: list[Batch], count: float) -> dict[str, float]:
+    def _counts(self, batches: list[Batch]) -> dict[str, float]:
+        """What the losses are divided by, and the tokens, of the whole step on all processes."""
+        mine: dict[str, float] = {}
+        for batch in batches:
+            own = {"loss": self.objective.count(batch), "tokens": batch.tokens, "trained_tokens": batch.trained_tokens}
+            for name, value in (own | self.objective.counts(batch)).items():
+                mine[name] = mine.get(name, 0.0) + value
+        total = {"loss": 0.0, "tokens": 0.0, "trained_tokens": 0.0}
+        for part in self.team.gather_object(mine):
+            for name, value in part.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    def _backward(self, batches: list[Batch], count: float, counts: dict[str, float]) -> dict[str, float]:
         """Forward and backward of all micro-batches; sums of the loss and its parts on this process."""
-        views = self._views(batches)
+        views = self._views(batches, counts)
         statistics = self._statistics(views) if self.tokens.whole_step else None
         sums: dict[str, float] = {"loss": 0.0}
+        if self.tokens.dynamic:
+            self.weight_log.clear()
         while views:
             view = views.pop(0)  # its graph is freed with it
             if self.tokens.dynamic:
@@ -174,18 +200,31 @@ class Trainer:
                 _ = view.token_nll  # made with its graph, before gradients are switched off
                 with torch.no_grad():
                     view.factors = self.tokens.weigh(view)
+                self.weight_log.add(view.batch, view.factors.float().cpu().numpy())
             loss = self.objective.loss(view)
             (loss.value / count).backward()
-            for name, part in {"loss": loss.value, **loss.parts}.items():
+            for name, part in {"loss": loss.value, **loss.parts, **view.parts}.items():
                 sums[name] = sums.get(name, 0.0) + float(part.detach())
             self._bar.advance(0)  # a long step still shows that it lives
         return sums
 
-    def _views(self, batches: list[Batch]) -> list[StepView]:
+    def _views(self, batches: list[Batch], counts: dict[str, float]) -> list[StepView]:
         seed = (self.ctx.seed, self.progress.step)
         perturb = functools.partial(self.tokens.perturb, seed=seed) if self.tokens.perturbs else None
-        model, architecture = self.bundle.model, self.bundle.architecture
-        return [StepView(model, architecture, batch, self.reference, perturb=perturb) for batch in batches]
+        return [
+            StepView(
+                self.bundle.model,
+                self.bundle.architecture,
+                batch,
+                self.reference,
+                perturb=perturb,
+                counts=counts,
+                step=self.progress.step,
+                steps=self.plan.steps,
+                watched_layer=self.tokens.watched_layer(),
+            )
+            for batch in batches
+        ]
 
     def _statistics(self, views: list[StepView]) -> Tensor:
         """What the token policy wants to know of the whole step, from every micro-batch of every process.
@@ -196,24 +235,48 @@ class Trainer:
             parts = [self.tokens.statistic(views[0]).detach()]
         else:
             with torch.no_grad():
-                parts = [self.tokens.statistic(view) for view in self._views([view.batch for view in views])]
+                again = self._views([view.batch for view in views], views[0].counts if views else {})
+                parts = [self.tokens.statistic(view) for view in again]
         mine = torch.cat(parts).cpu() if parts else torch.zeros(0)
         return torch.cat(self.team.gather_object(mine)).to(self.team.device)
+
+    def weights_at_start(self) -> dict[int, Tensor]:
+        """Loss weights of the trained tokens in the first step, by sequence of the table: (tokens,) each, in their order.
+
+        Only of the rows of this process. Sequences whose batch was arranged anew count the tokens that it has.
+        """
+        batches = self._my_batches(0)
+        views = self._views(batches, self._counts(batches))
+        found: dict[int, Tensor] = {}
+        with torch.no_grad():
+            statistics = self._statistics(views) if self.tokens.whole_step else None
+            for view in views:
+                view.step_statistics = statistics
+                if self.tokens.dynamic:
+                    view.factors = self.tokens.weigh(view)
+                for number, index in enumerate(view.batch.table_index.tolist()):
+                    found[index] = view.weights[view.batch.target_sequence == number]
+        return found
 
     # ---- pieces of a step ----
 
     def _my_batches(self, step: int) -> list[Batch]:
-        rows = deal(self.plan.step(step), self._row_lengths, self.team.world_size)[self.team.rank]
+        lengths = self._input_lengths
+        per_row = lengths.reshape(len(self.table), -1).sum(axis=1)
+        rows = deal(self.plan.step(step), per_row, self.team.world_size)[self.team.rank]
         if len(rows) == 0:
             return []
-        cut = micro_batches(self.table, rows, self.batch_tokens, self.packing, self.bundle.pad_id)
-        return [batch.to(self.team.device) for batch in cut]
+        cut = micro_batches(self.table, rows, self.batch_tokens, self.packing, self.bundle.pad_id, lengths)
+        batches = [batch.to(self.team.device) for batch in cut]
+        if not self.tokens.arranges:
+            return batches
+        seed = (self.ctx.seed, step)
+        return [self.tokens.arrange(batch, seed, step / self.plan.steps) for batch in batches]
 
-    @property
-    def _row_lengths(self) -> np.ndarray:
-        if not hasattr(self, "_lengths"):
-            self._lengths = np.asarray(self.table.lengths).reshape(len(self.table), -1).sum(axis=1)
-        return self._lengths
+    @functools.cached_property
+    def _input_lengths(self) -> np.ndarray:
+        """Inputs of every sequence, (sequences,)."""
+        return np.asarray(self.tokens.input_lengths(self.table))
 
     def _clip(self) -> float:
         bound = self.settings.max_grad_norm
@@ -285,11 +348,11 @@ class Trainer:
                 "Resume with the same rows, tokenizer and template, or start a new run.",
             )
 
-    def _metrics_file(self) -> AbstractContextManager[TextIO | None]:
-        """metrics.jsonl, cut back to the step that a resumed run starts from."""
-        if not self.team.is_main:
+    def _log_file(self, name: str | None) -> AbstractContextManager[TextIO | None]:
+        """A file of lines, cut back to the step that a resumed run starts from."""
+        if not self.team.is_main or name is None:
             return contextlib.nullcontext()
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / name
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.progress.step]
@@ -300,6 +363,15 @@ class Trainer:
         bar.advance(1, loss=facts["loss"], tokens_per_s=facts["tokens_per_s"], memory_bytes=facts["memory_bytes"])
         if self.progress.step % self.settings.log_steps == 0 or self.progress.step == self.plan.steps:
             self._write(facts, metrics)
+
+    def _log_weights(self, file: TextIO | None) -> None:
+        """What the token policy made of the tokens of the step; every process takes part."""
+        if not self.tokens.dynamic or self.progress.step % self.settings.log_steps:
+            return
+        gathered = self.team.gather_object((self.weight_log.sums, self.weight_log.histogram))
+        if file:
+            file.write(json.dumps(strict(self.weight_log.line(self.progress.step, gathered))) + "\n")
+            file.flush()
 
     def _write(self, facts: dict[str, float], metrics: TextIO | None) -> None:
         if metrics:

@@ -47,6 +47,11 @@ def set_up(
             f"adapter={adapter.name}",  # type: ignore[attr-defined]
             "Choose an adapter, or quant=none for full fine-tuning.",
         )
+    for owner, part in (("objective", objective), ("tokens", tokens)):
+        module = part.attach(bundle, ctx)
+        if module is not None:
+            module.to(ctx.team.device)
+            named += [(f"{owner}.{name}", p) for name, p in module.named_parameters() if p.requires_grad]
     ctx.team.broadcast_([p for _, p in named])
     optimizer = optim.build(named)
     adapter.bind(optimizer)

@@ -185,7 +185,7 @@ def nearest_chosen(choice: Choice, at: int, pool: Pool) -> dict[str, Any]:
 
 
 def _tokens(choice: Choice, id: int) -> list[dict[str, Any]]:
-    columns = choice.run.token_rows([id])
+    columns = choice.run.scored_tokens([id]) or choice.run.token_rows([id])
     if not {"position", "token"} <= columns.keys():
         return []
     return [

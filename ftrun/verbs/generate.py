@@ -35,6 +35,7 @@ def generate(composed: Composed) -> dict[str, Any]:
         settings = asked
     system = (Message("system", settings.data.system),) if settings.data.system else ()
     record = Record(id=0, kind="prompts", messages=(*system, Message("user", asked.prompt)))
+    record = settings.component("tokens").edit_prompt(record)
     ids = torch.tensor([prompt_ids(record, bundle.tokenizer)], device=bundle.device)
     model: Any = bundle.model.eval()
     streamer: Any = TextStreamer(bundle.tokenizer, skip_prompt=True, skip_special_tokens=True)

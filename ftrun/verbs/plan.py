@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from ftrun.data.pool import load_pool
 from ftrun.models.architecture import Architecture, describe
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_tokenizer, meta_model, resolve_dtype
+from ftrun.select.base import PlannedTraining
+from ftrun.select.order import picker_of
 from ftrun.training import estimate
 from ftrun.training.memory import available_bytes
 from ftrun.training.signals import StopSignals
@@ -31,6 +33,7 @@ class Stage:
     tokens: float
     flops: float
     memory: float
+    steps: int | None = None  # of the optimiser, where it trains
 
 
 def plan(composed: Composed) -> dict[str, Any]:
@@ -64,6 +67,7 @@ def plan(composed: Composed) -> dict[str, Any]:
         "available_bytes": available,
         "stages": {
             stage.name: {"tokens": stage.tokens, "memory_bytes": stage.memory, "seconds": stage.flops / speed}
+            | ({} if stage.steps is None else {"steps": stage.steps})
             for stage in stages
         },
     }
@@ -109,7 +113,17 @@ def _stages(
     weight_bytes = estimate.weight_bytes(settings, total, tables, resolve_dtype(settings.model.dtype, device))
     width, layers = architecture.width, len(architecture.layers)
     stages = []
-    picked = lengths
+    picked = _picked(lengths, pieces, settings)
+    trainings = planned_trainings(settings, round(len(lengths) / pieces), round(len(picked) / pieces))
+    if trainings:
+        tokens = [float(lengths.mean()) * pieces * one.rows * one.epochs for one in trainings]
+        flops = [(6.0 if one.full else 4.0) * total * count for one, count in zip(trainings, tokens, strict=True)]
+        size = max(one.batch_size for one in trainings)
+        inner = replace(settings, train=replace(settings.train, batch_size=size))  # batches of the largest of them
+        changed = total if any(one.full for one in trainings) else 0
+        memory = weight_bytes + estimate.training_bytes(inner, lengths, changed, width, layers, device)
+        steps = sum(one.steps for one in trainings)
+        stages.append(Stage("select training", sum(tokens), sum(flops), memory, steps))
     if settings.choice("select") != "none":
         tokens = settings.component("select").planned_tokens(lengths)
         stages.append(
@@ -120,7 +134,6 @@ def _stages(
                 weight_bytes + token_budget(settings.select.batch_tokens, device) * width * 4 * 12,
             )
         )
-        picked = _picked(lengths, pieces, settings)
     run = Plan.of(
         len(picked), settings.train.batch_size, settings.train.epochs, settings.train.max_steps, settings.seed
     )
@@ -130,10 +143,22 @@ def _stages(
     tokens = step_tokens * run.steps
     stages.append(
         Stage(
-            "train", tokens, passes * total * tokens * (4 / 3 if settings.train.gradient_checkpointing else 1), memory
+            "train",
+            tokens,
+            passes * total * tokens * (4 / 3 if settings.train.gradient_checkpointing else 1),
+            memory,
+            run.steps,
         )
     )
     return stages
+
+
+def planned_trainings(settings: Settings, pool: int, picked: int) -> list[PlannedTraining]:
+    """What the selection trains on its way to ``picked`` of ``pool`` rows."""
+    return [
+        *settings.component("select").planned_trainings(pool),
+        *picker_of(settings).planned_trainings(picked),
+    ]
 
 
 def _picked(lengths: np.ndarray, pieces: float, settings: Settings) -> np.ndarray:
@@ -175,9 +200,15 @@ def _print(report: Any, settings: Settings, total: int, trainable: int, stages: 
 
     report.table(
         f"{settings.recipe or 'plan'}: {total / 1e6:,.1f}M parameters, {trainable:,} train ({trainable / total:.2%})",
-        ["stage", "tokens", "memory (GiB)", "time, about"],
+        ["stage", "steps", "tokens", "memory (GiB)", "time, about"],
         [
-            [stage.name, round(stage.tokens), f"{stage.memory / 2**30:.2f}", duration(stage.flops / speed)]
+            [
+                stage.name,
+                stage.steps or "",
+                round(stage.tokens),
+                f"{stage.memory / 2**30:.2f}",
+                duration(stage.flops / speed),
+            ]
             for stage in stages
         ],
     )

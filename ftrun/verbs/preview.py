@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ftrun.chain import Chain
 from ftrun.config.compose import Composed
+from ftrun.config.settings import Settings
 from ftrun.data.batches import best_fit_decreasing, token_budget
-from ftrun.data.pool import load_pool
+from ftrun.data.pool import Pool, load_pool
+from ftrun.data.tokens import TokenTable
 from ftrun.models.load import load_tokenizer
 from ftrun.reporting.preview import PreviewRow, preview_html, preview_terminal
 from ftrun.training.signals import StopSignals
@@ -20,35 +24,23 @@ ROWS = 8
 
 
 def preview(composed: Composed, html: bool) -> dict[str, Any]:
-    """Print the first rows of training with their loss weights, or write them as a page (--html)."""
+    """Print the first rows of training with their loss weights, or write them as a page (--html).
+
+    A method that weighs tokens before training weighs them all; one that weighs them inside the step shows the rows of
+    the first step, as the untrained model would weigh them.
+    """
     settings = composed.settings
-    ctx = plain_context(settings, Path(settings.out or "."))
-    chain = Chain(ctx, composed, [], StopSignals())
-    pool = load_pool(settings.data, chain.work, settings.seed)
-    prepared = chain.prepare(pool, "rows")
-    table = prepared.table
-    tokenizer = load_tokenizer(settings.model)
-    packs = (
-        _neighbours(np.asarray(table.lengths), token_budget(settings.train.batch_tokens, ctx.team.device))
-        if settings.train.packing
-        else {}
-    )
-    rows, piece = [], 0
-    continues = table.continues
-    for index in range(min(ROWS * table.sequences_per_row, len(table.record))):
-        sequence = table.sequence(index)
-        weights = sequence.loss_weight.copy()
-        weights[:1] = 0  # nothing predicts the first token
-        piece = piece + 1 if continues[index] else 1
-        notes = [f"piece {piece} of its text"] if piece > 1 or continues[index + 1 : index + 2].any() else []
-        if packs.get(index):
-            notes.append(f"packed with rows {', '.join(map(str, dict.fromkeys(table.record[packs[index]].tolist())))}")
-        tokens = [tokenizer.decode([token]) for token in sequence.input_ids.tolist()]
-        rows.append(PreviewRow(sequence.record, tokens, weights.tolist(), " · ".join(notes)))
+    settings.stages = ["train"]
+    with tempfile.TemporaryDirectory(prefix="ftrun-preview-") as scratch:
+        chain = Chain(plain_context(settings, Path(scratch)), composed, [], StopSignals())
+        pool = load_pool(settings.data, chain.work, settings.seed)
+        prepared = chain.prepare(chain.edit(pool), "rows")
+        table, weights = _weighed(chain, pool, prepared.table)
+        rows = _rows(settings, table, weights)
     trained = int(table.trained_counts().sum())
     counts = {
         "rows": len(prepared.kept),
-        "tokens": int(table.offsets[-1] - continues.sum()),
+        "tokens": int(table.offsets[-1] - table.continues.sum()),
         "trained_tokens": trained,
         "dropped": {reason: len(ids) for reason, ids in prepared.dropped.items()},
     }
@@ -61,6 +53,50 @@ def preview(composed: Composed, html: bool) -> dict[str, Any]:
         return {"page": str(path), **counts}
     preview_terminal(rows, counts, title)
     return counts
+
+
+def _weighed(chain: Chain, pool: Pool, table: TokenTable) -> tuple[TokenTable, dict[int, np.ndarray]]:
+    """The table with static weights, and weights of every token by sequence where the first step decides them."""
+    tokens, ctx = chain.tokens, chain.ctx
+    if not (tokens.static or tokens.remembers or tokens.dynamic or chain.settings.tokens.from_run):
+        return table, {}
+    ctx.facts["data"] = pool.fingerprint
+    chain.load_model()
+    table = chain.weigh(table)
+    ctx.train_tokens = table
+    if not tokens.dynamic:
+        return table, {}
+    ctx.report.note("weights are those of the first step, under the model before training")
+    found = {}
+    for index, weights in chain.set_up(table).weights_at_start().items():
+        sequence = table.sequence(index)
+        at = np.flatnonzero(sequence.loss_weight > 0)
+        at = at[at > 0]
+        if len(at) == len(weights):  # a policy that inserts tokens counts others
+            found[index] = np.zeros(len(sequence.input_ids), np.float32)
+            found[index][at] = weights.float().cpu().numpy()
+    return table, found
+
+
+def _rows(settings: Settings, table: TokenTable, weights: dict[int, np.ndarray]) -> list[PreviewRow]:
+    """The first rows, or the first of those that ``weights`` tells of."""
+    tokenizer = load_tokenizer(settings.model)
+    budget = token_budget(settings.train.batch_tokens, torch.device("cpu"))
+    packs = _neighbours(np.asarray(table.lengths), budget) if settings.train.packing else {}
+    continues = table.continues
+    shown = sorted(weights) or range(len(table.record))
+    rows = []
+    for index in shown[: ROWS * table.sequences_per_row]:
+        sequence = table.sequence(index)
+        own = weights.get(index, sequence.loss_weight).copy()
+        own[:1] = 0  # nothing predicts the first token
+        piece = 1 + int(np.argmin(continues[index::-1]))
+        notes = [f"piece {piece} of its text"] if piece > 1 or continues[index + 1 : index + 2].any() else []
+        if packs.get(index):
+            notes.append(f"packed with rows {', '.join(map(str, dict.fromkeys(table.record[packs[index]].tolist())))}")
+        tokens = [tokenizer.decode([token]) for token in sequence.input_ids.tolist()]
+        rows.append(PreviewRow(sequence.record, tokens, own.tolist(), " · ".join(notes)))
+    return rows
 
 
 def _neighbours(lengths: np.ndarray, capacity: int) -> dict[int, list[int]]:

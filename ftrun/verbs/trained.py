@@ -25,9 +25,10 @@ def load_trained(run: Path, settings: Settings, device: torch.device, full_preci
     Raises ConfigError when the run has saved no model.
     """
     if not (run / "adapter").is_dir() and not (run / "model").is_dir():
-        raise ConfigError(
-            f"{run} holds no trained model", f"run={run}", "The run did not finish: continue it with resume=."
-        )
+        ended = "It only selected: train with `ftrun train`, and give the folder of that run."
+        if settings.stages != ["select"]:
+            ended = "The run did not finish: continue it with resume=."
+        raise ConfigError(f"{run} holds no trained model", f"run={run}", ended)
     quant = build("quant", "none") if full_precision else settings.component("quant")
     bundle = load_bundle(settings.model, task=settings.task, quant=quant, device=device, labels=label_count(run))
     if settings.task == "causal":

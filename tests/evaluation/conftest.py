@@ -24,6 +24,7 @@ class Alone:
 
     rank: int = 0
     world_size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
     gathered: list[list[Any]] = field(default_factory=list)
     given: list[Any] = field(default_factory=list)
 

@@ -106,3 +106,11 @@ def test_wsd_is_stable_between_warm_up_and_decay():
 def test_impossible_knobs_are_refused(name, knobs):
     with pytest.raises(ConfigError, match=next(iter(knobs)).replace("warmup", "warm-up")):
         registry.build("schedule", name, knobs)
+
+
+@pytest.mark.parametrize("name", WARMING)
+@given(warmup=st.floats(0, 0.99), total=st.integers(1, 60))
+def test_a_share_of_the_steps_never_takes_them_all(name, warmup, total):
+    """The warm-up of a run of one step would be the whole run, at a rate of 0."""
+    schedule = registry.build("schedule", name, {"warmup": warmup})
+    assert any(schedule.factor(step, total) > 0 for step in range(total))

@@ -214,3 +214,20 @@ def test_explain_refuses_clearly(select, capsys, words, code, expected):
     capsys.readouterr()
     assert cli.entry(["select", "explain", *(word.replace("RUN", str(out)) for word in words)]) == code
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["eval", "merge", "generate"])
+def test_a_run_that_only_selected_has_no_model(select, capsys, verb):
+    """One line with the way out, whether one recipe selected or several."""
+    more = ["prompt=what"] if verb == "generate" else []
+    several = select("longest,random", "budget=6", out="several")
+    capsys.readouterr()
+    assert cli.entry([verb, f"run={several}", *more]) == 2
+    said = capsys.readouterr().err
+    assert f"{several} holds what longest and random selected, and no trained model" in said
+    assert "ftrun train recipe=longest" in said and "Traceback" not in said
+    one = select("longest", "budget=6", out="one")
+    capsys.readouterr()
+    assert cli.entry([verb, f"run={one}", *more]) == 2
+    said = capsys.readouterr().err
+    assert f"{one} holds no trained model" in said and "It only selected" in said

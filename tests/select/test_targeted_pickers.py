@@ -7,6 +7,7 @@ import heapq
 import numpy as np
 import pytest
 
+from ftrun import cli
 from ftrun.errors import ConfigError
 from ftrun.select.base import Budget, Similarity, Table
 from ftrun.select.nearest import best_places, nearest_rows
@@ -322,3 +323,11 @@ def test_knobs_out_of_range(knobs, context):
             pick(kind(**knobs), made(), context(), 3)
     with pytest.raises(ConfigError, match="epsilon"):
         pick(Uot(epsilon=0), made(), context(), 3)
+
+
+def test_the_error_names_every_scorer_that_compares(tiny_dir, rows_file, capsys):
+    words = ["select=longest", "select.picker=round_robin", f"model.path={tiny_dir}", f"data.path={rows_file}"]
+    assert cli.entry(["select", *words, "budget=3"]) == 2
+    said = capsys.readouterr().err
+    for name in ("embedding_similarity", "got_d", "less", "rds_plus", "trim"):
+        assert name in said

@@ -17,20 +17,6 @@ from ftrun.tokens.run import run_tokens, write_tokens
 from ftrun.tokens.token_cleaning import TokenCleaning, highest
 
 
-@pytest.fixture
-def reference_dir(bundle, tmp_path):
-    """The base model with its weights moved a little."""
-    model = copy.deepcopy(bundle.model)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    folder = tmp_path / "trained" / "model"
-    model.save_pretrained(folder)
-    bundle.tokenizer.save_pretrained(folder)
-    return folder
-
-
 def losses(model, table) -> np.ndarray:
     """Loss of every trained token of the table at batch size 1, NaN elsewhere."""
     result = np.full(len(table.input_ids), np.nan)
@@ -153,7 +139,7 @@ def test_every_token_is_written_down(reference_dir, table, context):
     np.testing.assert_array_equal(written["weight"].to_numpy(), weighed.loss_weight)
     assert written["score"].null_count == len(table.input_ids) - table.trained_counts().sum()
     np.testing.assert_array_equal(weighed.input_ids, table.input_ids)
-    assert sorted(file.name for file in (ctx.out / "selection").iterdir()) == ["tokens.parquet"]
+    assert sorted(file.name for file in (ctx.out / "selection").iterdir()) == ["tokens.json", "tokens.parquet"]
 
 
 def test_rows_without_a_token_left_are_said(reference_dir, table, context):
@@ -182,7 +168,7 @@ def test_pieces_of_a_text_are_written_as_one_row(table, tmp_path):
     assert len(pieces) > len(table)
     written = []
     for name, some in (("whole", table), ("pieces", pieces)):
-        write_tokens(tmp_path / name, some, np.zeros(len(some.input_ids)), np.asarray(some.loss_weight))
+        write_tokens(tmp_path / name, some, np.zeros(len(some.input_ids)))
         written.append(pq.read_table(tmp_path / name))
     assert written[0].equals(written[1])
 

@@ -146,3 +146,23 @@ def test_random_selection_needs_no_model(rows_file, tmp_path, tiny_dir):
         overrides=[f"data.path={rows_file}", "budget=10", f"out={tmp_path / 'r'}", f"model.path={tiny_dir}"],
     )
     assert summary["selected_rows"] == 10 and summary["steps"] == 0 and np.isfinite(summary["wall_s"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "knobs", "trained", "steps"),
+    [
+        ("ifd", ["select.warmup=8", "select.warmup_batch_size=4", "select.warmup_epochs=2"], 16, 4),
+        ("dac_iter", ["select.picker.rounds=3", "select.picker.epochs=2", "select.picker.batch_size=4"], 24, 6),
+        ("learning_percentage", ["select.epochs=3", "select.batch_size=8"], 72, 9),
+        ("trim", ["select.warmup=0.25", "select.warmup_epochs=1"], 6, 1),
+    ],
+)
+def test_plan_counts_what_the_selection_trains(recipe, knobs, trained, steps, tiny_dir, rows_file):
+    """Of dac_iter the rounds before the last, each on all rows so far: 4 rows, then 8, twice each."""
+    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "data.max_length=128", "budget=12", *knobs]
+    stages = ftrun.run("plan", recipe, words)["stages"]
+    mean = stages["train"]["tokens"] / (stages["train"]["steps"] * 16)  # of the first rows of the table
+    found = stages["select training"]
+    assert found["steps"] == steps and found["tokens"] == pytest.approx(trained * mean, rel=0.2)
+    assert found["seconds"] > 0 and found["memory_bytes"] > 0
+    assert "select training" not in ftrun.run("plan", "superfiltering", words[:4])["stages"]

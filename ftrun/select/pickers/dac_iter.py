@@ -10,7 +10,7 @@ import numpy as np
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError
 from ftrun.registry import register
-from ftrun.select.base import Budget, Picker, Table
+from ftrun.select.base import Budget, Picker, PlannedTraining, Table
 from ftrun.select.cluster import by_content, cluster_rows, embeddings_of, places_within
 from ftrun.select.inner import InnerTraining, prepared_rows
 from ftrun.select.rewards import likelihood, reward
@@ -71,6 +71,10 @@ class DacIter(Picker):
             weights = self.reweighed(cluster_means(gaps, label[chosen], len(weights)), weights)
             ctx.report.note(f"cluster weights from {weights.min():.2g} to {weights.max():.2g}")
         return rows[chosen]
+
+    def planned_trainings(self, rows: int) -> list[PlannedTraining]:
+        sizes = [rows * number // self.rounds for number in range(1, self.rounds)]
+        return [PlannedTraining(size, self.epochs, self.batch_size, self.trains == "full") for size in sizes if size]
 
     def _draw(
         self, label: np.ndarray, weights: np.ndarray, chosen: np.ndarray, rows: np.ndarray, table: Table, until: Budget

@@ -44,7 +44,7 @@ class KnnKde(Picker):
         if table.embeddings is None:
             raise ConfigError(
                 "picker=knn_kde compares rows with each other, and the scorer keeps no vectors of them",
-                todo="Use select=rds_plus, embedding_similarity or less.",
+                todo="Use select=rds_plus, or another picker.",
             )
         candidates = np.sort(candidates)
         tenth = max(1, len(candidates) // 10)

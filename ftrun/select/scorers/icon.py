@@ -16,7 +16,7 @@ from ftrun.config.values import parse_budget
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ComponentError, ConfigError, DataError
 from ftrun.registry import register
-from ftrun.select.base import Scorer
+from ftrun.select.base import PlannedTraining, Scorer
 from ftrun.select.incontext import Pace, blocks, engine_for, say_cost, timed
 from ftrun.select.inner import InnerTraining
 from ftrun.select.queries import load_queries
@@ -76,6 +76,10 @@ class Icon(Scorer):
     def planned_tokens(self, lengths: np.ndarray) -> float:
         passes = min(self.candidates, len(lengths)) * self.assessment * (2 if self.version == "rico" else 1)
         return float(lengths.sum() + passes * 2 * lengths.mean())
+
+    def planned_trainings(self, rows: int) -> list[PlannedTraining]:
+        labelled = min(self.candidates, rows)
+        return [PlannedTraining(labelled, self.classifier_epochs, self.classifier_batch_size)]
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """Probability of being helpful, and the contribution of the candidates, (rows,) each; NaN without a response."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from ftrun.registry import register
-from ftrun.select.base import Scorer, Table
+from ftrun.select.base import PlannedTraining, Scorer, Table
 from ftrun.select.inner import InnerTraining, answers_table
 from ftrun.select.scoring import Scoring, segments
 from ftrun.select.texts import Turns, read_turns
@@ -96,6 +96,12 @@ class Ifd(Scorer):
     def direct(self, turns: Turns, rooms: list[int]) -> list[tuple[list[int], list[int]]]:
         """Context and targets of the pass without the prompt; ``rooms`` are the response tokens that the prompt leaves."""
         return [(turns.answer_mark, response[:room]) for response, room in zip(turns.response, rooms, strict=True)]
+
+    def planned_trainings(self, rows: int) -> list[PlannedTraining]:
+        if not self.warmup:
+            return []
+        full = self.warmup_trains == "full"
+        return [PlannedTraining(min(self.warmup, rows), self.warmup_epochs, self.warmup_batch_size, full)]
 
     def keep(self, table: Table) -> np.ndarray:
         """Exactly 1, a prompt that changes nothing, stays."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from ftrun.errors import ConfigError
 from ftrun.registry import register
-from ftrun.select.base import Scorer
+from ftrun.select.base import PlannedTraining, Scorer
 from ftrun.select.inner import InnerTraining, answers_table, trainable
 from ftrun.select.texts import read_turns
 
@@ -45,8 +45,18 @@ class LearningPercentage(Scorer):
     r: int = 16  # rank of the adapters
 
     column: ClassVar[str] = "late"
-    passes: ClassVar[float] = 13.0  # four of scoring; three epochs, each worth three
     own_picker: ClassVar[str] = "first_chunk"
+
+    @property
+    def trained_epochs(self) -> int:
+        return self.epochs if self.form == "exact" else 1
+
+    @property
+    def passes(self) -> float:  # type: ignore[override]
+        return 1.0 + self.trained_epochs  # before the training, and after every epoch
+
+    def planned_trainings(self, rows: int) -> list[PlannedTraining]:
+        return [PlannedTraining(rows, self.trained_epochs, self.batch_size, self.trains == "full")]
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """``late``, ``learning_percentage`` and the perplexities ``ppl_0`` ... of every epoch, (rows,) each."""
@@ -60,7 +70,7 @@ class LearningPercentage(Scorer):
         table = answers_table(turns, pool, self.max_length, ctx)
         training = InnerTraining(
             self.trains,
-            self.epochs if self.form == "exact" else 1,
+            self.trained_epochs,
             self.learning_rate,
             self.batch_size,
             lora={"r": self.r, "lora_alpha": 2.0 * self.r},

@@ -11,7 +11,7 @@ import numpy as np
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError, ResourceError
 from ftrun.registry import register
-from ftrun.select.base import Scorer, Similarity
+from ftrun.select.base import PlannedTraining, Scorer, Similarity
 from ftrun.select.gradients import GradientFeatures, Projection
 from ftrun.select.inner import Epoch, InnerTraining, prepared_rows
 from ftrun.select.nearest import check_room, products
@@ -91,6 +91,9 @@ class Less(Scorer):
         known = np.zeros(len(pool), bool)
         known[places] = True
         return {"less": np.where(known, task_influence(similarity), np.nan)}
+
+    def planned_trainings(self, rows: int) -> list[PlannedTraining]:
+        return [PlannedTraining(max(1, round(self.warmup_rows * rows)), self.epochs, self.batch_size)]
 
     # ---- parts ----
 

@@ -18,11 +18,12 @@ from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.registry import register
 from ftrun.select.attention import states_and_maps
-from ftrun.select.base import Scorer, Similarity
+from ftrun.select.base import PlannedTraining, Scorer, Similarity
 from ftrun.select.inner import InnerTraining, prepared_rows
 from ftrun.select.queries import load_queries
 from ftrun.select.scorers.random import row_numbers
 from ftrun.select.texts import Turns, read_turns
+from ftrun.select.token_scores import Scored, write_token_scores
 
 if TYPE_CHECKING:
     from ftrun.context import Context
@@ -92,7 +93,26 @@ class Trim(Scorer):
         rows = {name: np.stack([turns.row_mean(task, len(pool)) for task in part]) for name, part in parts.items()}
         ctx.scorer.similarity = Similarity(rows["trim"], np.arange(len(prints)))
         best = np.where(np.isnan(rows["trim"]), -np.inf, rows["trim"]).argmax(axis=0)
+        write_token_scores(self._scored(table, scores, turns, best, pool), ctx)
         return {name: part[best, np.arange(len(pool))] for name, part in rows.items()}
+
+    def planned_trainings(self, rows: int) -> list[PlannedTraining]:
+        if not self.warmup:
+            return []
+        training = self._warm_up()
+        return [PlannedTraining(max(1, round(self.warmup * rows)), training.epochs, training.batch_size)]
+
+    def _scored(
+        self, table: TokenTable, scores: list[np.ndarray], turns: Turns, best: np.ndarray, pool: Pool
+    ) -> Iterator[Scored]:
+        """Scores of the tokens that count for the task by which their row counts, (rows,) in ``best``."""
+        starts = turns.starts
+        for index, values in enumerate(scores):
+            text = table.sequence(index)
+            row = int(turns.row[text.record])
+            position = np.flatnonzero(text.loss_weight > 0)
+            of_task = values.reshape(len(position), -1)[:, best[row]]
+            yield Scored(int(pool.ids[row]), int(starts[text.record]), position, text.input_ids[position], of_task)
 
     def _drawn(self, task: Pool, ctx: Context) -> Pool:
         """The target rows of a task."""
@@ -100,6 +120,9 @@ class Trim(Scorer):
             ctx.report.note(f"{self.targets} of {len(task)} query rows make the fingerprints (select.targets)")
         first = np.argsort(row_numbers(task, ctx.seed, "trim targets"), kind="stable")[: self.targets]
         return task.subset(task.ids[np.sort(first)])
+
+    def _warm_up(self) -> InnerTraining:
+        return InnerTraining(epochs=self.warmup_epochs, learning_rate=self.warmup_learning_rate)
 
     @contextmanager
     def _warmed(self, pool: Pool, ctx: Context) -> Iterator[Scoring]:
@@ -110,8 +133,7 @@ class Trim(Scorer):
         count = max(1, round(self.warmup * len(pool)))
         drawn = np.argsort(row_numbers(pool, ctx.seed, "trim warm-up"), kind="stable")[:count]
         prepared = prepared_rows(pool.subset(pool.ids[np.sort(drawn)]), ctx)
-        training = InnerTraining(epochs=self.warmup_epochs, learning_rate=self.warmup_learning_rate)
-        with training.trained(prepared.table, ctx, f"warm up on {count:,} rows") as epoch:
+        with self._warm_up().trained(prepared.table, ctx, f"warm up on {count:,} rows") as epoch:
             yield epoch.scoring(ctx)
 
     def _sequences(self, turns: Turns, ctx: Context, rows: int) -> tuple[TokenTable, np.ndarray, dict[int, str]]:

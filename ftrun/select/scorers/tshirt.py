@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -19,6 +19,7 @@ from ftrun.select.base import Scorer, Table
 from ftrun.select.quantiles import percentile, rows_on_disk
 from ftrun.select.scoring import aligned_batch, nll_of_batch, segments
 from ftrun.select.texts import Turns, read_turns
+from ftrun.select.token_scores import Scored, write_token_scores
 
 if TYPE_CHECKING:
     from ftrun.context import Context
@@ -44,6 +45,7 @@ class Tshirt(Scorer):
     Noise follows from the content of a row, so that neither order nor batches change a score. The d_t of one copy at a
     time are in memory. All of them lie in a file in the run folder, 4 bytes a token and copy, and once more in the
     shards from which a killed scoring goes on: for a million rows of 100 response tokens and 30 copies 2 x 12 GB.
+    token_scores.parquet keeps of every token the mean of d_t over the copies, and the share of them in which it counts.
     """
 
     copies: int = 30  # noisy neighbours of every row
@@ -74,7 +76,8 @@ class Tshirt(Scorer):
         columns = {name: np.full(len(kept), np.nan) for name in ("s_ifd", "s_ifd_std", "ifd")}
         if len(scored):
             texts = [(turns.prompt[turn], kept[turn]) for turn in scored.tolist()]
-            s_ifd, ifd = self._copies(texts, turns.answer_mark, ctx)
+            places = zip(pool.ids[turns.row[scored]].tolist(), turns.starts[scored].tolist(), strict=True)
+            s_ifd, ifd = self._copies(texts, turns.answer_mark, places, ctx)
             columns["s_ifd"][scored], columns["s_ifd_std"][scored] = s_ifd.mean(0), s_ifd.std(0)
             columns["ifd"][scored] = ifd.mean(0)
         return {name: turns.row_mean(values, len(pool)) for name, values in columns.items()}
@@ -83,9 +86,12 @@ class Tshirt(Scorer):
         return table.columns["ifd"] < 1
 
     def _copies(
-        self, texts: list[tuple[list[int], list[int]]], mark: list[int], ctx: Context
+        self, texts: list[tuple[list[int], list[int]]], mark: list[int], places: Iterable[tuple[int, int]], ctx: Context
     ) -> tuple[np.ndarray, np.ndarray]:
-        """S-IFD and IFD of every noisy copy of every text (prompt, response), (copies, texts) each."""
+        """S-IFD and IFD of every noisy copy of every text (prompt, response), (copies, texts) each.
+
+        ``places``: of every text the id of its row, and where in the row it starts.
+        """
         table = segments(texts)
         counts = np.array([len(response) - 1 for _, response in texts])
         ends = np.cumsum(counts)
@@ -102,6 +108,7 @@ class Tshirt(Scorer):
             tau = percentile(gaps, 100 - self.k)
             ctx.report.note(f"tau = {tau:.4g}: tokens that the prompt moves further count")
             s_ifd = np.stack([selective_ifd(gaps[copy], ends - counts, tau) for copy in range(self.copies)])
+            write_token_scores(scored_tokens(texts, places, gaps, tau), ctx)
         return s_ifd, ifd
 
     def _explain(self, turns: Turns, kept: list[list[int]], rows: int, ctx: Context) -> None:
@@ -127,6 +134,18 @@ def selective_ifd(gaps: np.ndarray, starts: np.ndarray, tau: float) -> np.ndarra
     total = np.add.reduceat(np.where(counted, gaps, 0).astype(np.float64), starts)
     count = np.add.reduceat(counted.astype(np.int64), starts)
     return np.exp(np.divide(total, count, out=np.zeros(len(starts)), where=count > 0))
+
+
+def scored_tokens(
+    texts: list[tuple[list[int], list[int]]], places: Iterable[tuple[int, int]], gaps: np.ndarray, tau: float
+) -> Iterator[Scored]:
+    """Of every response token but the first, the mean of its gaps (copies, tokens), and the share of them beyond tau."""
+    end = 0
+    for (prompt, response), (row, start) in zip(texts, places, strict=True):
+        begin, end = end, end + len(response) - 1
+        found = gaps[:, begin:end]
+        position = np.arange(len(prompt) + 1, len(prompt) + len(response))
+        yield Scored(row, start, position, np.array(response[1:]), found.mean(0), (np.abs(found) > tau).mean(0))
 
 
 @dataclass
