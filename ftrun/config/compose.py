@@ -195,7 +195,9 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
     slots: dict[str, tuple[str, dict[str, Any]]] = {}
     specs: list[Spec] = []
     for slot in SINGLE_SLOTS:
-        values = {"picker": picker, "select": scoring}.get(slot) if slot in ("picker", "select") else raw.pop(slot, {})
+        values: Any = (
+            {"picker": picker, "select": scoring}.get(slot) if slot in ("picker", "select") else raw.pop(slot, {})
+        )
         spec = registry.find(slot, str(choices[slot]))
         prefix = "select.picker" if slot == "picker" else slot
         if slot == "tokens":

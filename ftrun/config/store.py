@@ -7,6 +7,7 @@ inside a sweep too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,22 +37,29 @@ def populate(chosen: Recipe | Sequence[Recipe] = (), combined: Sequence[tuple[st
     together = [(slot, name) for slot, name in dict.fromkeys([*combined, *own]) if slot in registry.COMBINED]
     store = ConfigStore.instance()
     store.repo.pop("_block", None)  # an earlier composition's
-    for slot in registry.SLOTS:
-        for spec in registry.specs(slot).values():
-            package = f"eval.{spec.name}" if slot == "eval" else _package(slot)
-            node = _node(spec.knobs, {CHOSEN: True} if slot == "eval" else {})
-            store.store(group=slot, name=spec.name, node=node, package=package)
+    _store_components(tuple(id(registry.specs(slot)) for slot in registry.SLOTS))
     for slot, name in together:
         nodes = {part: _node(registry.find(slot, part).knobs, {}) for part in registry.find(slot, name).parts}
         store.store(group=slot, name=name, node=OmegaConf.create(nodes), package=_package(slot))
-    for group in GROUPS:
-        for file in group_files(group).values():
-            store.store(group=group, name=file.stem, node=OmegaConf.load(file), package=group)
     for name in ("null", *recipes.catalogue()):
         store.store(group="recipe", name=name, node=OmegaConf.create({}), package="_global_")
     for recipe in wanted:
         _store_recipe(store, recipe, together)
     store.store(name=ROOT, node=_root_node())
+
+
+@functools.lru_cache(maxsize=1)
+def _store_components(known: tuple[int, ...]) -> None:
+    """Every component and group: once, as long as the registry holds the same (``known``)."""
+    store = ConfigStore.instance()
+    for slot in registry.SLOTS:
+        for spec in registry.specs(slot).values():
+            package = f"eval.{spec.name}" if slot == "eval" else _package(slot)
+            node = _node(spec.knobs, {CHOSEN: True} if slot == "eval" else {})
+            store.store(group=slot, name=spec.name, node=node, package=package)
+    for group in GROUPS:
+        for file in group_files(group).values():
+            store.store(group=group, name=file.stem, node=OmegaConf.load(file), package=group)
 
 
 def group_files(group: str) -> dict[str, Any]:
