@@ -41,8 +41,7 @@ def populate(chosen: Recipe | Sequence[Recipe] = (), combined: Sequence[tuple[st
     for slot, name in together:
         nodes = {part: _node(registry.find(slot, part).knobs, {}) for part in registry.find(slot, name).parts}
         store.store(group=slot, name=name, node=OmegaConf.create(nodes), package=_package(slot))
-    for name in ("null", *recipes.catalogue()):
-        store.store(group="recipe", name=name, node=OmegaConf.create({}), package="_global_")
+    _store_recipe_names(("null", *recipes.catalogue()))
     for recipe in wanted:
         _store_recipe(store, recipe, together)
     store.store(name=ROOT, node=_root_node())
@@ -60,6 +59,13 @@ def _store_components(known: tuple[int, ...]) -> None:
     for group in GROUPS:
         for file in group_files(group).values():
             store.store(group=group, name=file.stem, node=OmegaConf.load(file), package=group)
+
+
+@functools.lru_cache(maxsize=1)
+def _store_recipe_names(names: tuple[str, ...]) -> None:
+    """Every recipe as an empty choice; those of a command line are filled each time."""
+    for name in names:
+        ConfigStore.instance().store(group="recipe", name=name, node=OmegaConf.create({}), package="_global_")
 
 
 def group_files(group: str) -> dict[str, Any]:
