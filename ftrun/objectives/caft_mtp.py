@@ -98,6 +98,7 @@ class CaftMtp(Sft):
                 f"adapter={ctx.settings.choice('adapter')}",
                 "Use adapter=lora.",
             )
+        self._report, self._doubted = ctx.report, False
         self.future = FutureHeads(bundle.architecture, self.heads).to(bundle.device)
         self._train_heads(bundle, ctx)
         self.future.requires_grad_(self.finetune_heads)
@@ -119,7 +120,17 @@ class CaftMtp(Sft):
         for i, ce_i in enumerate(self.future.losses(view, given, seen), 1):
             value = value + strength * self.decay**i * ce_i
             parts[f"ce_{i}"] = ce_i
+            self._doubt(i, float(ce_i.detach()) / max(1.0, view.counts["loss"]), view.architecture.vocabulary)
         return Loss(value, parts)
+
+    def _doubt(self, head: int, mean_loss: float, vocabulary: int) -> None:
+        """Say once that a head predicts worse than chance, as one does that was hardly trained."""
+        if mean_loss > math.log(vocabulary) and not self._doubted:
+            self._doubted = True
+            self._report.warn(
+                f"head {head} of caft_mtp has a loss of {mean_loss:.3g}, chance has {math.log(vocabulary):.3g}: it pulls "
+                "the model the wrong way. Train the heads longer: objective.general_data, objective.task_epochs"
+            )
 
     def shape(self, step: int, steps: int) -> float:
         """s(step)."""

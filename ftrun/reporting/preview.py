@@ -43,7 +43,7 @@ def preview_terminal(
 ) -> None:
     """Print the rows on standard output. Without colours, trained tokens stand in ⟦ ⟧.
 
-    counts: rows, tokens, trained_tokens of the whole data set, and dropped: reason -> rows.
+    counts: rows, tokens, trained_tokens of the whole data set, dropped: reason -> rows, perhaps a note.
     """
     console = console or Console(highlight=False)
     console.print(Text(title, "bold"))
@@ -76,6 +76,7 @@ def _counted(counts: Mapping[str, Any]) -> list[str]:
     share = f" ({trained / tokens:.1%})" if tokens else ""
     said = [f"{counts['rows']:,} rows, {tokens:,} tokens, {trained:,} of them trained{share}"]
     dropped = counts.get("dropped") or {}
+    said += [counts["note"]] if counts.get("note") else []
     return said + [
         f"{count:,} {'row' if count == 1 else 'rows'} dropped: {why}" for why, count in dropped.items() if count
     ]

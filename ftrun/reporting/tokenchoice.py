@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -165,13 +165,21 @@ def moved_section(run: Run) -> Markup | None:
                 "Share of tokens with a weight (dark), and the mean weight of all (pale).",
             )
         )
-        for name in CLASSES:
-            there = [(line["step"], line["classes"][name]["mean"]) for line in lines if name in line["classes"]]
-            if len(there) > 1:
-                x, y = (np.array(side, float) for side in zip(*there, strict=True))
-                parts.append(_figure([Series(name, x, y)], f"Mean weight of tokens of kind {name}.", 370, 150))
+        parts.append(_by_kind(lines))
     parts.append(_parts_table("First and last step, along the answers", lines[0]["parts"], last["parts"]))
     return Markup("".join(parts))
+
+
+def _by_kind(lines: list[dict[str, Any]]) -> Markup:
+    """A small curve of the mean weight for every kind of token."""
+    figures = []
+    for name in CLASSES:
+        there = [(line["step"], line["classes"][name]["mean"]) for line in lines if name in line["classes"]]
+        if len(there) > 1:
+            x, y = (np.array(side, float) for side in zip(*there, strict=True))
+            chart = line_chart([Series(name, x, y)], f"mean weight of {name} tokens", 370, 150, zero=True)
+            figures.append(tag("figure", chart, tag("figcaption", f"mean weight, {name}")))
+    return tag("div", *figures, class_="small-multiples")
 
 
 def _parts_table(title: str, first: list[dict[str, float]], last: list[dict[str, float]]) -> Markup:
@@ -183,10 +191,10 @@ def _parts_table(title: str, first: list[dict[str, float]], last: list[dict[str,
         for one in (before, after):
             mean = one["mean"]
             cells += [tag("td", "" if mean is None else plain(mean), class_="number")]
-            cells += [tag("td", "" if mean is None else share_bar(mean / top, 160))]
+            cells += [tag("td", "" if mean is None else share_bar(mean / top, 120))]
         rows.append(tag("tr", *cells))
-    return tag("table", tag("thead", head), tag("tbody", *rows), class_="shares")
+    return tag("table", tag("thead", head), tag("tbody", *rows), class_="shares both")
 
 
-def _figure(series: list[Series], caption: str, width: float = 760, height: float = 220) -> Markup:
-    return tag("figure", line_chart(series, caption, width, height, zero=True), tag("figcaption", caption))
+def _figure(series: list[Series], caption: str) -> Markup:
+    return tag("figure", line_chart(series, caption, height=220, zero=True), tag("figcaption", caption))

@@ -36,12 +36,14 @@ def preview(composed: Composed, html: bool) -> dict[str, Any]:
         pool = load_pool(settings.data, chain.work, settings.seed)
         prepared = chain.prepare(chain.edit(pool), "rows")
         table, weights = _weighed(chain, pool, prepared.table)
+        note = "weights are those of the first step, under the model before training" if weights else ""
         rows = _rows(settings, table, weights)
     trained = int(table.trained_counts().sum())
     counts = {
         "rows": len(prepared.kept),
         "tokens": int(table.offsets[-1] - table.continues.sum()),
         "trained_tokens": trained,
+        "note": note,
         "dropped": {reason: len(ids) for reason, ids in prepared.dropped.items()},
     }
     title = f"{settings.recipe or 'data'}: {settings.data.path}"
@@ -66,7 +68,6 @@ def _weighed(chain: Chain, pool: Pool, table: TokenTable) -> tuple[TokenTable, d
     ctx.train_tokens = table
     if not tokens.dynamic:
         return table, {}
-    ctx.report.note("weights are those of the first step, under the model before training")
     found = {}
     for index, weights in chain.set_up(table).weights_at_start().items():
         sequence = table.sequence(index)
