@@ -470,9 +470,9 @@ def test_failed_run_goes_on(ftrun_train, tmp_path, monkeypatch):
 
 
 def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(ftrun_train, tmp_path, monkeypatch):
-    from ftrun import chain
+    from ftrun import recorded
 
-    monkeypatch.setattr(chain, "write_report", lambda out: 1 / 0)
+    monkeypatch.setattr(recorded, "write_report", lambda out: 1 / 0)
     assert ftrun_train()[0] == 0
     assert summary(tmp_path / "run")["status"] == "done"
     assert "the report cannot be written" in (tmp_path / "run/ftrun.log").read_text()
@@ -530,7 +530,7 @@ def test_a_worker_fails(program, code, words, tmp_path, monkeypatch):
     from ftrun.errors import FtrunError
     from ftrun.training import launch
 
-    monkeypatch.setattr(launch, "LOST_SECONDS", 0.2)
+    monkeypatch.setattr(launch, "LOST_SECONDS", 20 if "lost()" in program else 0.2)  # the cause may start late
     pids = tmp_path / "pids"
     text = f"""
 import os, sys, time

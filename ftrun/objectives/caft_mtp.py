@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ftrun.context import Context
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
+    from ftrun.training.progress import Reporter
 
 FILE = "heads.safetensors"
 
@@ -62,6 +63,7 @@ class CaftMtp(Sft):
     heads_max_steps: int | None = None  # stop each of the stages A and B after this many steps
 
     def __post_init__(self) -> None:
+        self._report: Reporter | None = None  # until it has been told of doubtful heads
         if self.heads < 1 or self.heads_batch_size < 1:
             raise ConfigError(
                 "objective.heads and objective.heads_batch_size are at least 1",
@@ -98,7 +100,7 @@ class CaftMtp(Sft):
                 f"adapter={ctx.settings.choice('adapter')}",
                 "Use adapter=lora.",
             )
-        self._report, self._doubted = ctx.report, False
+        self._report = ctx.report
         self.future = FutureHeads(bundle.architecture, self.heads).to(bundle.device)
         self._train_heads(bundle, ctx)
         self.future.requires_grad_(self.finetune_heads)
@@ -125,9 +127,9 @@ class CaftMtp(Sft):
 
     def _doubt(self, head: int, mean_loss: float, vocabulary: int) -> None:
         """Say once that a head predicts worse than chance, as one does that was hardly trained."""
-        if mean_loss > math.log(vocabulary) and not self._doubted:
-            self._doubted = True
-            self._report.warn(
+        if mean_loss > math.log(vocabulary) and self._report is not None:
+            report, self._report = self._report, None
+            report.warn(
                 f"head {head} of caft_mtp has a loss of {mean_loss:.3g}, chance has {math.log(vocabulary):.3g}: it pulls "
                 "the model the wrong way. Train the heads longer: objective.general_data, objective.task_epochs"
             )

@@ -12,7 +12,11 @@ from ftrun.config import compose, recipes
 
 ARGUMENTS = {
     "tokens=rho1": ["tokens.reference={tiny}"],
-    "tokens=cot_with_topic": ["data.path={exam}", "data.columns={{prompt: question, completion: solution}}"],
+    "tokens=cot_with_topic": [
+        "data.max_length=256",
+        "data.path={exam}",
+        "data.columns={{prompt: question, completion: solution}}",
+    ],
     "tokens=in_context_tuning": ["tokens.shots=1"],
     "tokens=symbol_tuning": ["tokens.least=1", "tokens.most=1"],
     "tokens=riff_paraphrase": ["tokens.m=2", "tokens.steps=2", "tokens.max_new_tokens=6"],

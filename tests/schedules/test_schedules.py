@@ -69,7 +69,7 @@ def by_transformers(make, steps: int) -> list[float]:
     [(0, 1), (1, 1), (0.1, 1), (0, 23), (7, 23), (0.1, 23), (0, 100), (1, 100), (7, 100), (0.1, 100)],
 )
 def test_equal_transformers(warmup, total):
-    steps = math.ceil(warmup * total) if warmup < 1 else warmup
+    steps = min(math.ceil(warmup * total), total - 1) if warmup < 1 else warmup
     decay = min(math.ceil(0.2 * total), total - steps)
     o = optimization
     cases = {

@@ -132,12 +132,12 @@ def test_without_forgetting_it_is_token_cleaning(tiny_dir, rows_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(tiny_dir, rows_file, tmp_path, monkeypatch):
-    """Each makes its own reference, too."""
+def test_two_processes_train_what_one_trains(tiny_dir, reference_dir, rows_file, tmp_path, monkeypatch):
+    """The reference is given: one that is made on the way has dropout, which each process draws for itself."""
     for out, processes in (("one", 1), ("two", 2)):
         monkeypatch.setenv("FTRUN_CACHE", str(tmp_path / f"cache-{out}"))
         more = ("tokens=forgetting_sft", "tokens.lambda_max=1", "launch.threads=1", f"launch.processes={processes}")
-        overrides = words(tiny_dir, rows_file, tmp_path / out, *more)
+        overrides = [*words(tiny_dir, rows_file, tmp_path / out, *more), f"tokens.reference={reference_dir}"]
         done = subprocess.run([sys.executable, "-m", "ftrun", "train", *overrides], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-4, atol=1e-4)
