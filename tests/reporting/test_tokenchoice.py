@@ -97,4 +97,4 @@ def test_weights_over_the_steps(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train/token_weights.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = moved_section(Run(tmp_path))
-    assert page and "50.0% of the trained tokens" in page and "kind word" in page and "kind code" not in page
+    assert page and "50.0% of the trained tokens" in page and "weight, word" in page and "weight, code" not in page
