@@ -285,7 +285,7 @@ def _notes(recipe: Recipe | None, settings: Settings) -> list[str]:
     notes = []
     for slot in SINGLE_SLOTS:
         block = recipe.blocks.get(slot)
-        if block and recipe.choice(slot) not in settings.choice(slot).split(registry.JOINT):
+        if block and recipe.choice(slot) not in settings.choices(slot):
             dropped = ", ".join(f"{key}={value}" for key, value in block.items())
             notes.append(
                 f"{slot}={settings.choice(slot)} replaces {recipe.choice(slot)}; the recipe's {dropped} went with it"

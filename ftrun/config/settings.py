@@ -143,6 +143,10 @@ class Settings(RootConfig):
     def choice(self, slot: str) -> str:
         return self.slots[slot][0]
 
+    def choices(self, slot: str) -> list[str]:
+        """The components of a slot, several where it takes several."""
+        return self.choice(slot).split(registry.JOINT)
+
     @property
     def selects(self) -> bool:
         """Whether the selection stage has anything to do: a scorer, a picker, or near-duplicates to leave out."""

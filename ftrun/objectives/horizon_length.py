@@ -41,7 +41,7 @@ class HorizonLength(Sft):
 
     def check(self, settings: Settings) -> None:
         super().check(settings)
-        if "fill_in_the_middle" not in settings.choice("tokens").split("+"):
+        if "fill_in_the_middle" not in settings.choices("tokens"):
             raise ConfigError(
                 "objective=horizon_length learns from the horizon of middles, which only tokens=fill_in_the_middle gives",
                 f"tokens={settings.choice('tokens')}",

@@ -11,7 +11,7 @@ from ftrun.reporting.markup import Markup, tag
 from ftrun.reporting.numbers import plain
 from ftrun.reporting.plots import Series, line_chart
 from ftrun.reporting.run import Run
-from ftrun.tokens.classes import CLASSES, token_class
+from ftrun.tokens.classes import CLASSES, classes_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,7 +31,7 @@ def choice_tables(run: Run) -> list[Markup]:
     asked = np.isfinite(columns["score"].astype(float)) | (weight != 0)
     if not asked.any() or len(np.unique(weight[asked][:100_000])) < 2:
         return []  # all tokens alike: there is no choice to show
-    kinds = classes_of(columns["token"], run.tokenizer)
+    kinds = _kinds(columns["token"], run.tokenizer)
     turn, place = turns_and_places(columns["id"], asked)
     groups = [
         ("kind of token", list(CLASSES), kinds),
@@ -46,15 +46,10 @@ def choice_tables(run: Run) -> list[Markup]:
     return [*made, *_examples(columns, asked, run.tokenizer)]
 
 
-def classes_of(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+def _kinds(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Index into CLASSES of every token, (tokens,)."""
-    ids, inverse = np.unique(tokens, return_inverse=True)
     special = {number for number, added in tokenizer.get_added_tokens_decoder().items() if added.special}
-    kinds = [
-        "special" if number in special else token_class(tokenizer.decode([number], skip_special_tokens=False))
-        for number in ids.tolist()
-    ]
-    return np.array([CLASSES.index(kind) for kind in kinds])[inverse]
+    return classes_of(tokens, lambda number: tokenizer.decode([number], skip_special_tokens=False), special)
 
 
 def turns_and_places(ids: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -26,12 +26,8 @@ def token_class(text: str) -> str:
     return "word" if letters and all(letter.isalpha() or letter == "�" for letter in letters) else "code"
 
 
-def token_classes(tokenizer: Any, vocabulary: int) -> np.ndarray:
-    """Index into CLASSES of every token id, (vocabulary,) int8; ids that the tokenizer does not know are special."""
-    found = np.full(vocabulary, CLASSES.index("special"), np.int8)
-    known = sorted(number for number in tokenizer.get_vocab().values() if number < vocabulary)
-    special = set(tokenizer.all_special_ids)
-    for number, text in zip(known, tokenizer.batch_decode([[number] for number in known]), strict=True):
-        if number not in special:
-            found[number] = CLASSES.index(token_class(text))
-    return found
+def classes_of(tokens: np.ndarray, decode: Callable[[int], str], special: Collection[int]) -> np.ndarray:
+    """Index into CLASSES of every token, (tokens,); each different one is decoded once."""
+    ids, inverse = np.unique(tokens, return_inverse=True)
+    kinds = ["special" if number in special else token_class(decode(number)) for number in ids.tolist()]
+    return np.array([CLASSES.index(kind) for kind in kinds], np.int64)[inverse]

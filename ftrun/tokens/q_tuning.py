@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftrun.data.batches import Batch
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy
+from ftrun.tokens.step_ranking import POSITION_BITS, ranks, target_positions, token_keys
 from ftrun.training.view import StepView
 
 WIDEST_LEVEL = 0.49  # the bisection moves the quantile level between 0 and this
 TRIES, TOLERANCE = 10, 0.01  # levels tried; share of samples that is near enough
-POSITION_BITS = 32  # of a token's key: place of its sample above, position below
 
 
 @dataclass
@@ -181,27 +180,6 @@ def choose(ppl: np.ndarray, entropy: np.ndarray, r_sample: float) -> tuple[np.nd
         added = rest[np.argsort(-np.abs(gap[rest]), kind="stable")[:missing]]
         q2[added], q4[added] = gap[added] >= 0, gap[added] < 0
     return q2, q4
-
-
-def ranks(group: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Rank of every value in its group from 0, the lowest first, ties by position, (values,)."""
-    order = np.lexsort((values, group))
-    ordered = group[order]
-    starts = np.flatnonzero(np.diff(ordered, prepend=-1))
-    found = np.empty(len(values), np.int64)
-    found[order] = np.arange(len(values)) - np.repeat(starts, np.diff(starts, append=len(values)))
-    return found
-
-
-def token_keys(place: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """One number a token: the place of its sample in the data, and its position there."""
-    return (place.astype(np.int64) << POSITION_BITS) | position.astype(np.int64)
-
-
-def target_positions(batch: Batch) -> Tensor:
-    """Position in its sequence of every trained token, (tokens,)."""
-    row, before = batch.predicting
-    return batch.position_ids[row, before + 1]
 
 
 def _unit(values: np.ndarray) -> np.ndarray:

@@ -120,7 +120,7 @@ def _check_whole(lines: Lines, at: np.ndarray, ids: np.ndarray, where: str) -> N
 def _origin(ctx: Context) -> dict[str, Any]:
     bundle = ctx.bundle
     return {
-        "methods": ctx.settings.choice("tokens").split("+"),
+        "methods": ctx.settings.choices("tokens"),
         "knobs": ctx.settings.slots["tokens"][1],
         "tokenizer": digest(sorted(bundle.tokenizer.get_vocab().items())) if bundle else None,
         "template": digest(getattr(bundle.tokenizer, "chat_template", None)) if bundle else None,

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ftrun.errors import ConfigError
 from ftrun.registry import register
-from ftrun.tokens.q_tuning import ranks
 from ftrun.tokens.reference import ComparesWithReference, own_scoring
-from ftrun.tokens.step_ranking import keep_highest, kept_count, ranked
+from ftrun.tokens.step_ranking import keep_highest, kept_count, ranked, ranks
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:

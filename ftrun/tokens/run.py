@@ -92,7 +92,7 @@ def run_tokens(policy: TokenPolicy, table: TokenTable, ctx: Context) -> TokenTab
 
 def _check_methods(policy: TokenPolicy, methods: list[str], ctx: Context) -> None:
     """Refuse weights that another method made than the one that was asked for. Raises ConfigError."""
-    mine = set(ctx.settings.choice("tokens").split("+"))
+    mine = set(ctx.settings.choices("tokens"))
     if (policy.static or policy.remembers) and not mine & set(methods):
         raise ConfigError(
             f"the weights there were made by {' and '.join(methods)}, not by {' and '.join(sorted(mine))}",

@@ -14,8 +14,8 @@ from ftrun.errors import ConfigError
 from ftrun.models.wrappers import adds_virtual_tokens
 from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy
-from ftrun.tokens.q_tuning import ranks
 from ftrun.tokens.reference import own_scoring
+from ftrun.tokens.step_ranking import ranks
 
 if TYPE_CHECKING:
     from ftrun.context import Context

@@ -1,4 +1,4 @@
-"""One ranking of all trained tokens of an optimiser step, for policies that keep the highest."""
+"""Rankings of trained tokens, within a group or over a whole optimiser step, for policies that keep some of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftrun.tokens.q_tuning import target_positions, token_keys
+from ftrun.data.batches import Batch
 from ftrun.training.view import StepView
+
+POSITION_BITS = 32  # of a token's key: place of its sample above, position below
 
 
 def ranked(view: StepView, scores: Tensor) -> Tensor:
@@ -42,3 +44,24 @@ def keep_highest(view: StepView, share: float) -> Tensor:
 def kept_count(share: float, count: int) -> int:
     """``share`` of ``count`` rounded up: of anything at least one is kept."""
     return math.ceil(share * count - 1e-9)  # 0.55 * 100 is 55.00000000000001
+
+
+def ranks(group: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Rank of every value in its group from 0, the lowest first, ties by position, (values,)."""
+    order = np.lexsort((values, group))
+    ordered = group[order]
+    starts = np.flatnonzero(np.diff(ordered, prepend=-1))
+    found = np.empty(len(values), np.int64)
+    found[order] = np.arange(len(values)) - np.repeat(starts, np.diff(starts, append=len(values)))
+    return found
+
+
+def token_keys(place: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """One number a token: the place of its sample in the data, and its position there."""
+    return (place.astype(np.int64) << POSITION_BITS) | position.astype(np.int64)
+
+
+def target_positions(batch: Batch) -> Tensor:
+    """Position in its sequence of every trained token, (tokens,)."""
+    row, before = batch.predicting
+    return batch.position_ids[row, before + 1]

@@ -34,7 +34,6 @@ from ftrun.models.fast import packs_for_free
 from ftrun.objectives.base import Objective
 from ftrun.schedules.base import Schedule
 from ftrun.tokens.base import TokenPolicy
-from ftrun.tokens.classes import token_classes
 from ftrun.training import checkpoint, memory, weightlog
 from ftrun.training.checkpoint import Progress
 from ftrun.training.signals import StopSignals
@@ -81,7 +80,7 @@ class Trainer:
         self.packing = joins if self.settings.packing is None else self.settings.packing
         self.progress.data = self.table.fingerprint()
         if self.tokens.dynamic:
-            self.weight_log = WeightLog(token_classes(self.bundle.tokenizer, self.bundle.architecture.vocabulary))
+            self.weight_log = WeightLog(self.bundle.tokenizer, self.bundle.architecture.vocabulary)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         if not self.table.trained_counts().any() and self.objective.kind != "labels":
             raise DataError(

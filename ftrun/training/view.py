@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ftrun.data.batches import Batch
 from ftrun.models.architecture import Architecture
+from ftrun.models.attention import AttentionCall, kept_calls
 from ftrun.models.head import token_entropy, token_nll
 from ftrun.models.wrappers import changed_output, unwrap
-from ftrun.select.attention import AttentionCall, kept_calls
 
 
 @dataclass

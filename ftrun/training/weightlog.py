@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ftrun.data.batches import Batch
-from ftrun.tokens.classes import CLASSES
+from ftrun.tokens.classes import CLASSES, classes_of
 
 FILE = "token_weights.jsonl"
 PARTS = 10  # of a response, from its beginning to its end
@@ -21,9 +21,9 @@ class WeightLog:
     class of tokens and for every tenth of the responses; histogram of the factors over ``edges``.
     """
 
-    def __init__(self, classes: np.ndarray):
-        """``classes``: index into CLASSES of every token id."""
-        self.classes = classes
+    def __init__(self, tokenizer: Any, vocabulary: int):
+        self.tokenizer, self.special = tokenizer, set(tokenizer.all_special_ids)
+        self.known = np.full(vocabulary, -1, np.int64)  # index into CLASSES of token ids, those seen so far
         self.clear()
 
     def clear(self) -> None:
@@ -32,13 +32,19 @@ class WeightLog:
 
     def add(self, batch: Batch, factors: np.ndarray) -> None:
         """``factors`` of the trained tokens of a micro-batch, (tokens,)."""
-        kinds = self.classes[batch.target_ids.cpu().numpy()].astype(np.int64)
+        kinds = self._kinds(batch.target_ids.cpu().numpy())
         parts = len(CLASSES) + (PARTS * shares(batch.target_sequence.cpu().numpy())).astype(np.int64)
         values = np.stack([np.ones_like(factors), factors > 0, factors]).astype(np.float64)
         for groups in (kinds, parts):
             for row, numbers in enumerate(values):
                 self.sums[row] += np.bincount(groups, numbers, minlength=self.sums.shape[1])
         self.histogram += np.histogram(factors, EDGES)[0]
+
+    def _kinds(self, ids: np.ndarray) -> np.ndarray:
+        new = np.unique(ids[self.known[ids] < 0])
+        if len(new):
+            self.known[new] = classes_of(new, lambda number: self.tokenizer.decode([number]), self.special)
+        return self.known[ids]
 
     def line(self, step: int, gathered: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
         """The line of a step from (sums, histogram) of all processes."""

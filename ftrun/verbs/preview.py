@@ -30,7 +30,6 @@ def preview(composed: Composed, html: bool) -> dict[str, Any]:
     the first step, as the untrained model would weigh them.
     """
     settings = composed.settings
-    settings.stages = ["train"]
     with tempfile.TemporaryDirectory(prefix="ftrun-preview-") as scratch:
         chain = Chain(plain_context(settings, Path(scratch)), composed, [], StopSignals())
         pool = load_pool(settings.data, chain.work, settings.seed)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
+from made_up_rows import Rows
 
 from ftrun.data.records import Message, Record
 from ftrun.data.tokens import Sequence, TokenTable
@@ -13,26 +12,6 @@ from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation import borrowed_tokens as module
 from ftrun.evaluation.borrowed_tokens import BorrowedTokens, borrowed
 from ftrun.evaluation.token_shift import Answer, TokenShift
-
-
-@dataclass
-class Rows:
-    """As much of a pool as the evaluator asks of it."""
-
-    records: list[Record]
-
-    @property
-    def ids(self) -> np.ndarray:
-        return np.arange(len(self.records))
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, id: int) -> Record:
-        return self.records[id]
-
-    def origin(self, id: int) -> str:
-        return f"rows.jsonl:{id + 1}"
 
 
 def answer(id: int, tokens: list[int], rank: list[int]) -> Answer:

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
+from made_up_rows import Rows
 
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation.length_score import LengthScore
 from ftrun.select.lengths import length_score, text_length
-
-
-@dataclass
-class Rows:
-    """As much of a pool as the evaluator asks of it."""
-
-    records: list[Record]
-
-    @property
-    def ids(self) -> np.ndarray:
-        return np.arange(len(self.records))
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, id: int) -> Record:
-        return self.records[id]
 
 
 def rows(*prompts: str) -> Rows:

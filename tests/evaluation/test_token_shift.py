@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from made_up_rows import Rows
 
 from ftrun.config import compose
 from ftrun.data.records import Message, Record
@@ -17,26 +18,6 @@ from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation.token_shift import Answer, TokenShift, details, plain_ids, shift
 from ftrun.models.bundle import Bundle
-
-
-@dataclass
-class Rows:
-    """As much of a pool as the evaluator asks of it."""
-
-    records: list[Record]
-
-    @property
-    def ids(self) -> np.ndarray:
-        return np.arange(len(self.records))
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, id: int) -> Record:
-        return self.records[id]
-
-    def origin(self, id: int) -> str:
-        return f"rows.jsonl:{id + 1}"
 
 
 @pytest.fixture

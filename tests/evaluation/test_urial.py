@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import pytest
 import torch
+from made_up_rows import Rows
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation.urial import EXAMPLES, FENCE, STOPS, OwnPenalty, SaysOneOf, Urial, cut, prompt_text
-
-
-@dataclass
-class Rows:
-    """As much of a pool as the evaluator asks of it."""
-
-    records: list[Record]
-
-    @property
-    def ids(self) -> np.ndarray:
-        return np.arange(len(self.records))
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, id: int) -> Record:
-        return self.records[id]
-
-    def origin(self, id: int) -> str:
-        return f"rows.jsonl:{id + 1}"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from ftrun.config.settings import DataConfig, SelectConfig
 from ftrun.data.batches import collate
 from ftrun.errors import ConfigError
-from ftrun.select.attention import states_and_maps
+from ftrun.models.attention import states_and_maps
 from ftrun.select.scorers.trim import Trim, received, saliency, sharpness
 from ftrun.select.scoring import segments
 

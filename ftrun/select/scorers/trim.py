@@ -16,8 +16,8 @@ from torch import Tensor
 from ftrun.artifacts import digest
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
+from ftrun.models.attention import states_and_maps
 from ftrun.registry import register
-from ftrun.select.attention import states_and_maps
 from ftrun.select.base import PlannedTraining, Scorer, Similarity
 from ftrun.select.inner import InnerTraining, prepared_rows
 from ftrun.select.queries import load_queries
