@@ -22,6 +22,7 @@ from ftrun.context import Context, cache_dir
 from ftrun.data.pool import Pool, limit_heldout, load_pool, train_and_heldout
 from ftrun.data.prepare import Prepared, prepare
 from ftrun.data.render import apply_template
+from ftrun.data.roles import with_roles
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import CheckpointError, ConfigError, DataError
 from ftrun.evaluation.run import evaluate_all, evaluating
@@ -86,7 +87,7 @@ class Chain(RecordedRun):
         train_pool = self.edit(train_pool)
         table = self._tokenise(train_pool)
         self.load_model()
-        table = self.weigh(table)
+        table = self.weigh(table, train_pool)
         self.ctx.train_tokens = table
         if "train" in stages:
             self._train(table)
@@ -289,10 +290,12 @@ class Chain(RecordedRun):
             self.ctx.heldout = edit_rows(self.tokens, self.ctx.heldout, self.ctx, "edited_heldout")
         return edit_rows(self.tokens, pool, self.ctx)
 
-    def weigh(self, table: TokenTable) -> TokenTable:
-        """The table with the token policy's weights and what it remembers of the tokens."""
+    def weigh(self, table: TokenTable, pool: Pool) -> TokenTable:
+        """The table of these rows with the token policy's weights and what it remembers of the tokens."""
         if self.tokens.static or self.tokens.remembers or self.settings.tokens.from_run:
             self.report.stage("tokens", self.settings.choice("tokens"))
+            assert self.ctx.bundle is not None
+            table = with_roles(table, pool, self.ctx.bundle.tokenizer, self.settings.data.train_on)
         return run_tokens(self.tokens, table, self.ctx)
 
     # ---- train ----

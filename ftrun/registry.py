@@ -215,11 +215,12 @@ def _comment_after(node: ast.stmt | ast.expr, lines: list[bytes]) -> str:
 
 def marked(slot: str, constant: str) -> list[str]:
     """Names of the components of a slot whose class says ``constant: ClassVar[bool] = True``."""
-    return [
-        spec.name
-        for spec in specs(slot).values()
-        if spec.source and _class_constants(spec.source, spec.cls, (constant,)).get(constant)
-    ]
+    return [spec.name for spec in specs(slot).values() if constant_of(spec, constant)]
+
+
+def constant_of(spec: Spec, constant: str) -> Any:
+    """The value of ``constant: ClassVar[...] = ...`` in the class of a component; None where it states none."""
+    return _class_constants(spec.source, spec.cls, (constant,)).get(constant) if spec.source else None
 
 
 def _class_constants(path: Path, name: str, wanted: tuple[str, ...] = ("needs", "lacks")) -> dict[str, Any]:

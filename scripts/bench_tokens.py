@@ -66,9 +66,10 @@ def contenders(rows: Path, model: str, batch: int, names: list[str], folder: Pat
         chain = Chain(ctx, composed, [], StopSignals())
         chain.load_model()
         assert ctx.bundle is not None
-        pool = load_pool(composed.settings.data, chain.work, composed.settings.seed)
-        ctx.train_tokens = chain.weigh(chain.prepare(chain.edit(pool), "rows").table)
-        trainer: Any = chain.set_up(ctx.train_tokens)
+        pool = chain.edit(load_pool(composed.settings.data, chain.work, composed.settings.seed))
+        table = chain.weigh(chain.prepare(pool, "rows").table, pool)
+        ctx.train_tokens = table
+        trainer: Any = chain.set_up(table)
         trainer._bar = _Silent()
         made.append(Contender(name, trainer, []))
     return made

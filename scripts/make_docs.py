@@ -72,7 +72,7 @@ def recipe_page(recipe: Recipe) -> str:
     ]
     text += _table(["slot", "choice"], rows) + "\n## Knobs\n\nBold values are this recipe's own.\n"
     plain_sections = set(SECTIONS) - {"train", "data"}
-    for title, values in sections(composed.settings, recipe, []):
+    for title, values, _ in sections(composed.settings, recipe, []):
         shown = (
             [value for value in values if value.origin != "default"]
             if title in plain_sections | {"top level"}

@@ -7,8 +7,11 @@ None in place of new words deletes, and None alone says that nothing changes.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from itertools import pairwise
+
+import numpy as np
 
 NOTHING = "None"  # instead of new words, or of edits
 WORD = re.compile(r"(\s*)(\S+)|(\s+)")
@@ -65,7 +68,7 @@ def _blank(match: re.Match[str]) -> str:
 def extract(source: str, target: str) -> list[Edit]:
     """The edits that turn source into target: fewest words touched, neighbouring ones as one, in order of position."""
     old, new = split(source), split(target)
-    pairs = [(-1, -1), *_aligned(old, new), (len(old), len(new))]
+    pairs = [(-1, -1), *aligned(old, new), (len(old), len(new))]
     edits = []
     for (i, j), (next_i, next_j) in pairwise(pairs):
         if next_i - i > 1 or next_j - j > 1:
@@ -73,8 +76,8 @@ def extract(source: str, target: str) -> list[Edit]:
     return edits
 
 
-def _aligned(old: list[str], new: list[str]) -> list[tuple[int, int]]:
-    """Positions of the words that stay, by Levenshtein distance; a common beginning and end always stay."""
+def aligned(old: ListLike[str], new: ListLike[str]) -> list[tuple[int, int]]:
+    """Positions of the items that stay, by Levenshtein distance; a common beginning and end always stay."""
     head = 0
     while head < min(len(old), len(new)) and old[head] == new[head]:
         head += 1
@@ -82,22 +85,14 @@ def _aligned(old: list[str], new: list[str]) -> list[tuple[int, int]]:
     while tail < min(len(old), len(new)) - head and old[-1 - tail] == new[-1 - tail]:
         tail += 1
     a, b = old[head : len(old) - tail], new[head : len(new) - tail]
-    # cost[i][j]: distance of a[i:] and b[j:]
-    cost = [[len(b) - j for j in range(len(b) + 1)]]
-    for i in range(len(a) - 1, -1, -1):
-        below, row = cost[-1], [len(a) - i] * (len(b) + 1)
-        for j in range(len(b) - 1, -1, -1):
-            row[j] = below[j + 1] if a[i] == b[j] else 1 + min(below[j], row[j + 1], below[j + 1])
-        cost.append(row)
-    cost.reverse()
-    kept, i, j = [], 0, 0
+    cost, kept, i, j = _distances(a, b), [], 0, 0
     while i < len(a) and j < len(b):
-        if a[i] == b[j] and cost[i][j] == cost[i + 1][j + 1]:
+        if a[i] == b[j] and cost[i, j] == cost[i + 1, j + 1]:
             kept.append((head + i, head + j))
             i, j = i + 1, j + 1
-        elif cost[i][j] == 1 + cost[i + 1][j + 1]:
+        elif cost[i, j] == 1 + cost[i + 1, j + 1]:
             i, j = i + 1, j + 1
-        elif cost[i][j] == 1 + cost[i + 1][j]:
+        elif cost[i, j] == 1 + cost[i + 1, j]:
             i += 1
         else:
             j += 1
@@ -106,6 +101,20 @@ def _aligned(old: list[str], new: list[str]) -> list[tuple[int, int]]:
         *kept,
         *((len(old) - tail + at, len(new) - tail + at) for at in range(tail)),
     ]
+
+
+def _distances(a: ListLike[str], b: ListLike[str]) -> np.ndarray:
+    """Levenshtein distance of a[i:] and b[j:] for all i and j, (len(a) + 1, len(b) + 1)."""
+    number = {item: at for at, item in enumerate({*a, *b})}
+    ids = np.array([number[item] for item in b], np.int64)
+    steps = np.arange(len(b) + 1, dtype=np.int32)
+    cost = np.empty((len(a) + 1, len(b) + 1), np.int32)
+    cost[-1] = steps[::-1]
+    for i in range(len(a) - 1, -1, -1):
+        row = cost[i + 1] + 1  # a[i] goes
+        row[:-1] = np.minimum(row[:-1], cost[i + 1, 1:] + (ids != number[a[i]]))
+        cost[i] = np.minimum.accumulate((row + steps)[::-1])[::-1] - steps  # any run of b comes
+    return cost
 
 
 def write(edits: list[Edit]) -> str:

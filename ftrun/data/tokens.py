@@ -31,7 +31,8 @@ class TokenTable:
 
     input_ids: (tokens,) int32; loss_weight: (tokens,) float32; offsets: (sequences + 1,) int64;
     record, label: (sequences,) int64. remembered: numbers of every token that a token policy asked for, by name,
-    (tokens,) float32 each.
+    (tokens,) float32 each. role: (tokens,) uint8, index into roles.ROLES, where somebody wants to know; nothing that is
+    trained depends on it.
     """
 
     input_ids: np.ndarray
@@ -41,6 +42,7 @@ class TokenTable:
     label: np.ndarray
     sequences_per_row: int = 1  # 2 for pairs
     remembered: dict[str, np.ndarray] = field(default_factory=dict)
+    role: np.ndarray | None = None
 
     def __len__(self) -> int:
         """What a step draws: pairs where ``sequences_per_row`` is 2, else sequences."""
@@ -92,6 +94,9 @@ class TokenTable:
         added = {name: np.asarray(numbers, np.float32) for name, numbers in values.items()}
         return replace(self, remembered=self.remembered | added)
 
+    def with_role(self, role: np.ndarray) -> TokenTable:
+        return replace(self, role=role.astype(np.uint8))
+
     def rows(self, ids: np.ndarray) -> TokenTable:
         """A table of these rows (positions in this table), in this order."""
         per = self.sequences_per_row
@@ -111,6 +116,7 @@ class TokenTable:
             self.label[wanted],
             per,
             {name: values[take] for name, values in self.remembered.items()},
+            None if self.role is None else self.role[take],
         )
 
     def save(self, folder: Path) -> None:

@@ -12,7 +12,7 @@ from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation.base import Evaluation, Evaluator, Metric
 from ftrun.evaluation.generation import Generation, stop_ids
 from ftrun.registry import register
-from ftrun.select.lengths import demanded_lengths, length_score, text_length
+from ftrun.select.lengths import check_patterns, demanded_lengths, length_score, text_length
 
 if TYPE_CHECKING:
     from ftrun.context import Context
@@ -35,6 +35,15 @@ class LengthScore(Evaluator):
     batch_size: int = 8  # rows generated at a time
     temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's own distribution
     patterns: list[str] = field(default_factory=list)  # regular expressions of further demands; group 1 is the number
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                where = f"eval.length_score.{name}={getattr(self, name)}"
+                raise ConfigError(f"eval.length_score.{name} must be at least 1", where)
+        if self.temperature < 0:
+            raise ConfigError("a temperature cannot be negative", f"eval.length_score.temperature={self.temperature:g}")
+        check_patterns(self.patterns, "eval.length_score.patterns")
 
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
         renderer = Renderer(bundle.tokenizer)
@@ -80,9 +89,11 @@ class LengthScore(Evaluator):
 
     def _demands(self, ctx: Context) -> list[tuple[Record, int]]:
         """The first held-out rows that state exactly one length, with it. Raises ConfigError if there are none."""
-        ids = [] if ctx.heldout is None else np.asarray(ctx.heldout.ids).tolist()
+        ids = np.zeros(0, np.int64) if ctx.heldout is None else np.asarray(ctx.heldout.ids)
+        if ctx.heldout_tokens is not None:  # rows that the preflight dropped stay out here too
+            ids = ids[np.isin(ids, ctx.heldout_tokens.record)]
         found: list[tuple[Record, int]] = []
-        for id in ids:
+        for id in ids.tolist():
             assert ctx.heldout is not None
             record = ctx.heldout[id]
             asked = "\n".join(message.content for message in record.prompt if message.role == "user")

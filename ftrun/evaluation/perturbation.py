@@ -52,7 +52,7 @@ class Perturbation(Evaluator):
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ConfigError("eval.perturbation.seeds must be at least 1", f"eval.perturbation.seeds={self.seeds}")
-        if not self.sigmas or min(self.sigmas) < 0 or len(set(self.sigmas)) < len(self.sigmas):
+        if not self.sigmas or not all(0 <= s < math.inf for s in self.sigmas) or len({*self.sigmas}) < len(self.sigmas):
             where = f"eval.perturbation.sigmas={self.sigmas}"
             raise ConfigError("eval.perturbation.sigmas are different numbers, none below 0", where)
 

@@ -125,6 +125,11 @@ class TokenShift(Evaluator):
     def _base(self, bundle: Bundle, ctx: Context) -> Bundle:
         if self.base is not None:
             return load_reference(self.base, bundle, ctx)
+        if "train" not in ctx.settings.stages and ctx.settings.run is None:
+            ctx.report.warn(
+                "nothing was trained here, so the model is compared with itself: name another with "
+                "eval.token_shift.base or eval.borrowed_tokens.base"
+            )
         quant = ctx.settings.component("quant")
         return load_bundle(ctx.settings.model, task="causal", quant=quant, device=ctx.team.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from ftrun.registry import register
 
 if TYPE_CHECKING:
     from ftrun.context import Context
+    from ftrun.data.records import Message
     from ftrun.models.bundle import Bundle
 
 FENCE = "```"
@@ -122,8 +124,7 @@ class Urial(Evaluator):
     def _prompts(self, bundle: Bundle, ctx: Context) -> list[Prompt]:
         found = []
         for record, where in heldout_prompts(ctx, self.rows, "urial"):
-            messages = record.prompt if record.kind == "sft" else record.messages
-            text = prompt_text("\n\n".join(message.content for message in messages), self.examples)
+            text = prompt_text(record.prompt if record.kind == "sft" else record.messages, self.examples)
             ids = list(bundle.tokenizer(text, truncation=False, verbose=False)["input_ids"])
             if len(ids) + self.max_new_tokens > bundle.context_length:
                 raise DataError(
@@ -136,10 +137,21 @@ class Urial(Evaluator):
         return found
 
 
-def prompt_text(query: str, examples: int) -> str:
-    """System text, examples and the query, up to the fence that opens the answer."""
-    shown = [f"# Query:\n{asked}\n\n# Answer:\n{FENCE}\n{answer}\n{FENCE}" for asked, answer in EXAMPLES[:examples]]
-    return "\n\n".join([SYSTEM, *shown, f"# Query:\n{query}\n\n# Answer:\n{FENCE}\n"])
+def prompt_text(messages: Iterable[Message], examples: int) -> str:
+    """System text, examples and the conversation, up to the fence that opens the answer.
+
+    Earlier answers stand in fences like those of the examples; all that comes between two answers is one query.
+    """
+    shown, query = [], ""
+    conversation = [turn for pair in EXAMPLES[:examples] for turn in zip(("user", "assistant"), pair, strict=True)]
+    conversation += [(message.role, message.content) for message in messages]
+    for role, said in conversation:
+        if role != "assistant":
+            query += f"\n{said}\n"
+            continue
+        shown.append(f"# Query:{query}\n# Answer:\n{FENCE}\n{said}\n{FENCE}")
+        query = ""
+    return "\n\n".join([SYSTEM, *shown, f"# Query:{query}\n# Answer:\n{FENCE}\n"])
 
 
 def cut(text: str) -> tuple[str, bool]:

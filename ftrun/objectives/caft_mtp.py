@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ftrun import stagecache
 from ftrun.config.settings import Settings
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ftrun.training.progress import Reporter
 
 FILE = "heads.safetensors"
+FEW = 50  # tokens whose mean loss says little about a head
 
 
 @register("objective", "caft_mtp")
@@ -122,15 +123,23 @@ class CaftMtp(Sft):
         for i, ce_i in enumerate(self.future.losses(view, given, seen), 1):
             value = value + strength * self.decay**i * ce_i
             parts[f"ce_{i}"] = ce_i
-            self._doubt(i, float(ce_i.detach()) / max(1.0, view.counts["loss"]), view.architecture.vocabulary)
+            self._doubt(i, ce_i, view)
         return Loss(value, parts)
 
-    def _doubt(self, head: int, mean_loss: float, vocabulary: int) -> None:
+    def _doubt(self, head: int, ce: Tensor, view: StepView) -> None:
         """Say once that a head predicts worse than chance, as one does that was hardly trained."""
-        if mean_loss > math.log(vocabulary) and self._report is not None:
+        if self._report is None:
+            return
+        name, chance = f"head_{head}", math.log(view.architecture.vocabulary)
+        tokens = self.future.counts(view.batch)[name]
+        if tokens < FEW:
+            return
+        # the mean over this micro-batch; ``ce`` is its share of the mean over the step, times view.counts["loss"]
+        mean_loss = float(ce.detach()) * view.counts[name] / (tokens * view.counts["loss"])
+        if mean_loss > chance:
             report, self._report = self._report, None
             report.warn(
-                f"head {head} of caft_mtp has a loss of {mean_loss:.3g}, chance has {math.log(vocabulary):.3g}: it pulls "
+                f"head {head} of caft_mtp has a loss of {mean_loss:.3g}, chance has {chance:.3g}: it pulls "
                 "the model the wrong way. Train the heads longer: objective.general_data, objective.task_epochs"
             )
 

@@ -6,12 +6,14 @@ import fnmatch
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from ftrun import registry
 from ftrun.config import recipes
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from ftrun.config.compose import Composed
 
 
+DOC_WIDTH = 120  # columns; longer lines of prose read badly
+
+
 @dataclass(frozen=True)
 class Value:
     """One key of a resolved config, with what a user wants to know of it."""
@@ -39,6 +44,14 @@ class Value:
     value: Any
     origin: str  # default, recipe or command line
     knob: Knob
+
+
+class Section(NamedTuple):
+    """Keys of a resolved config that belong together, below the component or the part that they are of."""
+
+    title: str
+    values: list[Value]
+    doc: str = ""  # what the component does, where one was chosen on purpose
 
 
 # ---- ftrun recipes ----
@@ -122,11 +135,12 @@ def print_show(composed: Composed, overrides: list[str]) -> None:
         _print_head(composed.recipe, console)
     for note in composed.notes:
         console.print(note, style="yellow", markup=False)
-    for title, values in sections(composed.settings, composed.recipe, overrides):
+    for title, values, doc in sections(composed.settings, composed.recipe, overrides):
+        console.print(f"\n[bold]{escape(title)}[/]{'' if values else '  [dim]no knobs[/]'}")
+        if doc:
+            console.print(Padding(Text(doc.replace("``", "")), (0, 0, 1, 2)), width=min(console.width, DOC_WIDTH))
         if values:
-            console.print(_knob_table(title, values))
-        else:
-            console.print(f"\n[bold]{escape(title)}[/]  [dim]no knobs[/]")
+            console.print(_knob_table(values))
 
 
 def _print_head(recipe: Recipe, console: Console) -> None:
@@ -145,10 +159,8 @@ def _print_head(recipe: Recipe, console: Console) -> None:
     console.print(f"file      {recipe.file}", markup=False)
 
 
-def _knob_table(title: str, values: Sequence[Value]) -> Table:
-    table = Table(
-        title=f"\n[bold]{escape(title)}[/]", title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False
-    )
+def _knob_table(values: Sequence[Value]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for style, wrap in (("cyan", True), ("", False), ("dim", True), ("dim", False), ("", False)):
         table.add_column(style=style, no_wrap=wrap, overflow="fold")
     for item in values:
@@ -158,7 +170,7 @@ def _knob_table(title: str, values: Sequence[Value]) -> Table:
     return table
 
 
-def sections(settings: Settings, recipe: Recipe | None, overrides: Sequence[str]) -> Iterator[tuple[str, list[Value]]]:
+def sections(settings: Settings, recipe: Recipe | None, overrides: Sequence[str]) -> Iterator[Section]:
     """Every knob of a resolved config, section by section, with its origin."""
     typed = {override.lstrip("+").split("=")[0] for override in overrides}
 
@@ -170,7 +182,7 @@ def sections(settings: Settings, recipe: Recipe | None, overrides: Sequence[str]
         ]
 
     root = {name: knob for name, knob in root_knobs().items() if name not in _TOLD_ELSEWHERE}
-    yield "top level", values("", root, vars(settings))
+    yield Section("top level", values("", root, vars(settings)))
     for slot, (name, knobs) in settings.slots.items():
         prefix = "select.picker." if slot == "picker" else f"{slot}."
         # a recipe's values for a slot leave with its choice
@@ -185,11 +197,23 @@ def sections(settings: Settings, recipe: Recipe | None, overrides: Sequence[str]
         if slot == "tokens":
             found += values(prefix, shared_tokens_knobs(), {"from": settings.tokens.from_run}, kept)
         chosen_by = "command line" if slot in typed else "recipe" if recipe and slot in recipe.choices else "default"
-        yield f"{slot}={name}  ({chosen_by})", found
+        yield Section(f"{slot}={name}  ({chosen_by})", found, _doc(slot, name, settings))
     for name, knobs in settings.eval:
-        yield f"eval={name}", values(f"eval.{name}.", registry.find("eval", name).knobs, knobs)
+        spec = registry.find("eval", name)
+        yield Section(f"eval={name}", values(f"eval.{name}.", spec.knobs, knobs), spec.doc)
     for section in SECTIONS:
-        yield section, values(f"{section}.", section_knobs(section), vars(getattr(settings, section)))
+        yield Section(section, values(f"{section}.", section_knobs(section), vars(getattr(settings, section))))
+
+
+def _doc(slot: str, name: str, settings: Settings) -> str:
+    """What the components of a slot do, in their own words; of the plainest choice nothing."""
+    if slot == "picker" and name == "own":
+        name = registry.constant_of(registry.find("select", settings.choice("select")), "own_picker")
+        return f"Here {name}.\n\n{registry.find(slot, name).doc}" if settings.choice("select") != "none" else ""
+    if name == DEFAULT_CHOICES[slot]:
+        return ""
+    spec = registry.find(slot, name)
+    return "\n\n".join(registry.find(slot, part).doc for part in spec.parts or (name,))
 
 
 _TOLD_ELSEWHERE = ("paper", "fidelity", "differences", "recipe")

@@ -113,6 +113,15 @@ class Run:
         return self._columns("selection/tokens.parquet")
 
     @cached_property
+    def token_roles(self) -> dict[str, dict[str, float]]:
+        """Tokens, kept tokens and sum of weights of every role, as tokens.parquet says."""
+
+        def read(file: Path) -> dict[str, dict[str, float]]:
+            return json.loads((parquet.read_schema(file).metadata or {}).get(b"roles", b"{}"))
+
+        return self._read("selection/tokens.parquet", read, {})
+
+    @cached_property
     def token_weights(self) -> list[dict[str, Any]]:
         """Lines of token_weights.jsonl: how the token policy weighed in every step."""
         return self._jsonl("train/token_weights.jsonl")

@@ -110,17 +110,18 @@ def _glance(choices: Sequence[Choice]) -> Markup:
     return Markup(tag("div", table, class_="scroll") + tag("p", note, class_="note"))
 
 
+def _median(choice: Choice, rows: np.ndarray) -> str:
+    """Median length of these rows; a dash where there are none: the first row drawn at random may be too long."""
+    known = choice.tokens[rows & np.isfinite(choice.tokens)]
+    return f"{np.median(known):,.0f}" if len(known) else "–"
+
+
 def _line(name: str, choice: Choice, rows: np.ndarray, random: np.ndarray | None, further: list[str]) -> Markup:
     clusters = len(choice.cluster_names)
-
-    def median(mask: np.ndarray) -> str:
-        known = choice.tokens[mask & np.isfinite(choice.tokens)]
-        return f"{np.median(known):,.0f}" if len(known) else "–"
-
     measures: list[Callable[[np.ndarray], str]] = [
         lambda mask: f"{int(mask.sum()):,}",
         lambda mask: numbers.quantity(float(np.nansum(choice.tokens[mask]))),
-        median,
+        lambda mask: _median(choice, mask),
         lambda mask: f"{len(np.unique(choice.cluster[mask]))} of {clusters}",
     ]
     cells = []
@@ -182,10 +183,10 @@ def _lengths(choice: Choice) -> Markup | None:
     known = np.isfinite(choice.tokens)
     if not known[choice.picked].any():
         return None
-    middle = [np.median(choice.tokens[mask & known]) for mask in (choice.picked, np.ones_like(known), choice.random)]
+    middle = [_median(choice, mask) for mask in (choice.picked, known, choice.random)]
     words = [
-        tag("strong", f"The median row of the choice has {middle[0]:,.0f} tokens"),
-        f", of the pool {middle[1]:,.0f}, of a random choice {middle[2]:,.0f}.",
+        tag("strong", f"The median row of the choice has {middle[0]} tokens"),
+        f", of the pool {middle[1]}, of a random choice {middle[2]}.",
     ]
     tied = spearman(choice.score, choice.tokens)
     if np.isfinite(tied):

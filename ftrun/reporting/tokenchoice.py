@@ -43,7 +43,15 @@ def choice_tables(run: Run) -> list[Markup]:
         for title, names, group in groups
         if len(np.unique(group[asked])) > 1
     ]
-    return [*made, *_examples(columns, asked, run.tokenizer)]
+    return [*_by_role(run.token_roles, _graded(weight[asked])), *made, *_examples(columns, asked, run.tokenizer)]
+
+
+def _by_role(roles: dict[str, dict[str, float]], graded: bool) -> list[Markup]:
+    """Shares of all tokens, those that nobody asked to train too; empty where the roles are not known."""
+    if not roles:
+        return []
+    counts, kept, sums = (np.array([one[name] for one in roles.values()]) for name in ("tokens", "kept", "weight"))
+    return [_shares("role", list(roles), counts, kept, sums, graded)]
 
 
 def _kinds(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -75,14 +83,24 @@ def group_table(title: str, names: Sequence[str], group: np.ndarray, weight: np.
     counts = np.bincount(group, minlength=len(names))
     kept = np.bincount(group, weight != 0, minlength=len(names))
     sums = np.bincount(group, weight, minlength=len(names))
-    graded = len(np.unique(weight[:100_000])) > 2
+    return _shares(title, names, counts, kept, sums, _graded(weight))
+
+
+def _graded(weight: np.ndarray) -> bool:
+    """Whether weights say more than kept or not."""
+    return len(np.unique(weight[:100_000])) > 2
+
+
+def _shares(
+    title: str, names: Sequence[str], counts: np.ndarray, kept: np.ndarray, sums: np.ndarray, graded: bool
+) -> Markup:
     head = [title, "tokens", "kept", "", *(["mean weight"] if graded else [])]
     lines = []
     for at in np.flatnonzero(counts).tolist():
         share = kept[at] / counts[at]
         cells = [
             tag("td", names[at]),
-            tag("td", f"{counts[at]:,}", class_="number"),
+            tag("td", f"{counts[at]:,.0f}", class_="number"),
             tag("td", f"{share:.1%}", class_="number"),
         ]
         cells.append(tag("td", share_bar(share)))
@@ -102,13 +120,13 @@ def share_bar(share: float, width: float = 240, height: float = 12) -> Markup:
 
 
 def _examples(columns: dict[str, np.ndarray], asked: np.ndarray, tokenizer: Tokenizer) -> list[Markup]:
-    score = columns["score"].astype(float)
-    value = np.where(np.isfinite(score), score, columns["weight"].astype(float))
+    score, weight = columns["score"].astype(float), columns["weight"].astype(float)
+    value = np.where(np.isfinite(score), score, weight)
     at = np.flatnonzero(asked)
-    order = at[np.argsort(-value[at], kind="stable")]
+    order = at[np.lexsort((-value[at], -weight[at]))]  # by weight; tokens of one weight by their score
     made = []
     for title, chosen in (("Heaviest tokens", order), ("Lightest tokens", order[::-1])):
-        lines = [_in_context(columns, int(i), value[i], tokenizer) for i in _apart(columns, chosen)]
+        lines = [_in_context(columns, int(i), weight[i], score[i], tokenizer) for i in _apart(columns, chosen)]
         made.append(tag("details", tag("summary", title), tag("div", *lines), open=True))
     return made
 
@@ -123,7 +141,7 @@ def _apart(columns: dict[str, np.ndarray], order: np.ndarray) -> list[int]:
     return list(found.values())
 
 
-def _in_context(columns: dict[str, np.ndarray], i: int, value: float, tokenizer: Tokenizer) -> Markup:
+def _in_context(columns: dict[str, np.ndarray], i: int, weight: float, score: float, tokenizer: Tokenizer) -> Markup:
     ids = columns["id"]
     lo, hi = max(0, i - CONTEXT), min(len(ids), i + CONTEXT + 1)
     near = np.arange(lo, hi)
@@ -133,7 +151,8 @@ def _in_context(columns: dict[str, np.ndarray], i: int, value: float, tokenizer:
         return tokenizer.decode(columns["token"][of].tolist(), skip_special_tokens=False).replace("\n", "↵")
 
     said = [text(near[near < i]), tag("mark", text(near[near == i])), text(near[near > i])]
-    head = tag("span", f"{value:.3g} · row {ids[i]} ", class_="muted")
+    known = f" · score {score:.3g}" if np.isfinite(score) else ""
+    head = tag("span", f"weight {weight:.3g}{known} · row {ids[i]} ", class_="muted")
     return tag("p", head, *said, class_="quote")
 
 
@@ -162,7 +181,23 @@ def moved_section(run: Run) -> Markup | None:
         )
         parts.append(_by_kind(lines))
     parts.append(_parts_table("First and last step, along the answers", lines[0]["parts"], last["parts"]))
+    for line in dict.fromkeys((0, len(lines) - 1)):
+        parts += _examples_of_step(lines[line])
     return Markup("".join(parts))
+
+
+def _examples_of_step(line: dict[str, Any]) -> list[Markup]:
+    """The heaviest and the lightest tokens of a step in context."""
+    made = []
+    for title, examples in (("Heaviest", line.get("heaviest", [])), ("Lightest", line.get("lightest", []))):
+        quotes = []
+        for one in examples:
+            before, token, after = (one[name].replace("\n", "↵") for name in ("before", "token", "after"))
+            head = tag("span", f"weight {one['factor']:.3g} · row {one['row']} ", class_="muted")
+            quotes.append(tag("p", head, before, tag("mark", token), after, class_="quote"))
+        if quotes:
+            made.append(tag("details", tag("summary", f"{title} tokens of step {line['step']}"), *quotes))
+    return made
 
 
 def _by_kind(lines: list[dict[str, Any]]) -> Markup:

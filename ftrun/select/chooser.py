@@ -12,14 +12,14 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from transformers import GenerationConfig
 
 from ftrun.artifacts import digest, disk_guard
 from ftrun.data.batches import collate
 from ftrun.errors import ComponentError, ConfigError, DataError
+from ftrun.evaluation.generation import Generation
 from ftrun.select.scoring import Scoring, segments
 
 if TYPE_CHECKING:
@@ -104,23 +104,13 @@ class LocalChooser:
 
     @torch.no_grad()
     def _generate(self, bundle: Bundle, prompt: list[int]) -> str:
-        config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=_ends(bundle),
-            pad_token_id=bundle.pad_id,
-            use_cache=True,
-        )
-        ids = torch.tensor([prompt], device=bundle.device)
-        model: Any = bundle.model
-        training = model.training
-        model.eval()
+        ends, training = _ends(bundle), bundle.model.training
+        bundle.model.eval()
         try:
-            whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            ids = Generation(max_new_tokens=self.max_new_tokens).generate(bundle, [prompt], ends, seed=0)[0]
         finally:
-            model.train(training)
-        return bundle.tokenizer.decode(whole[0, len(prompt) :], skip_special_tokens=True)
+            bundle.model.train(training)
+        return bundle.tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=True)
 
     @torch.no_grad()
     def _letter(self, bundle: Bundle, prompt: list[int], letters: list[str]) -> str:

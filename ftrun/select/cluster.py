@@ -29,6 +29,13 @@ class Clustering:
     centres: np.ndarray
 
 
+def check_kmeans(clusters: int, iterations: int, restarts: int) -> None:
+    """Refuse counts below 1, before a pool is scored for nothing. Raises ConfigError."""
+    for name, value in (("cluster", clusters), ("iteration", iterations), ("restart", restarts)):
+        if value < 1:
+            raise ConfigError(f"k-means needs at least one {name}", f"select.picker.{name}s={value}")
+
+
 def embeddings_of(
     table: Table, ctx: Context, embedding: Literal["minilm", "model"], of: Literal["prompt", "row"]
 ) -> np.ndarray:
@@ -53,13 +60,12 @@ def cluster_rows(
     """k-means over the embeddings of ``rows``, which come in an order drawn from their content.
 
     The first rows shape the centres, in one thread and so always alike; all are then assigned in blocks. Time is linear
-    in the rows, and no copy of the embeddings is made. Raises ConfigError when ``clusters`` is not positive.
+    in the rows, and no copy of the embeddings is made. Raises ConfigError for counts below 1.
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    if clusters < 1:
-        raise ConfigError("a picker needs at least one cluster", f"select.picker.clusters={clusters}")
+    check_kmeans(clusters, iterations, restarts)
     vectors = table.embeddings
     assert vectors is not None
     fitted = np.asarray(vectors[rows[: max(FITTED_AT_LEAST, FITTED_A_CENTRE * clusters)]], np.float32)

@@ -156,13 +156,11 @@ def by_vectors(vectors: np.ndarray, threshold: float, say: Callable[[str], None]
             kept = np.flatnonzero(found[other : other + BLOCK] < 0) + other
             if len(kept):
                 _closer(vectors[part] @ vectors[kept].T, part, kept, found, highest)
-        left = part[found[part] < 0]
-        cosine = vectors[left] @ vectors[left].T
-        for place, row in enumerate(left[1:].tolist(), 1):
-            kept = found[left[:place]] < 0
-            near = np.where(kept, cosine[place, :place], -np.inf)
-            if near.max() >= threshold - 1e-6:
-                found[row] = left[int(near.argmax())]
+        cosine = vectors[part] @ vectors[part].T
+        for place, row in enumerate(part[1:].tolist(), 1):
+            near = np.where(found[part[:place]] < 0, cosine[place, :place], -np.inf)
+            if near.max() > highest[row]:
+                found[row] = part[int(near.argmax())]
     return found
 
 

@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 SIGNS_AT_ONCE = 2**22  # entries of the projection that exist at one time: 16 MB
 GRADIENT_BYTES = 2**29  # gradients that wait for one pass over the projection
 TOGETHER = 16  # rows of one product: always the same number, since the shape of a product can change its rounding
+GOLDEN = -0x61C8864680B583EB  # step between the numbers that are scrambled
+SIGNS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) * 2 - 1
 
 
 @dataclass
 class Projection:
     """A matrix of random signs (parameters, dimension), divided by the root of ``dimension``, that never exists whole.
 
-    Signs follow from ``seed`` and their place alone. Inner products stay what they are in expectation.
+    Signs follow from ``seed`` and their place alone, on every device, where they are also made: a large model has so many
+    that bringing them there would take longer than all the rest. Inner products stay what they are in expectation.
     """
 
     dimension: int
@@ -41,7 +44,7 @@ class Projection:
         height = max(1, SIGNS_AT_ONCE // self.dimension)
         for block, start in enumerate(range(0, parameters, height)):
             part = rows[:, start : start + height]
-            signs = self.signs(block, part.shape[1]).to(rows.device)
+            signs = self.signs(block, part.shape[1], rows.device)
             for first in range(0, count, TOGETHER):
                 together = part[first : first + TOGETHER]
                 padded = torch.zeros(TOGETHER, part.shape[1], device=rows.device)
@@ -49,12 +52,22 @@ class Projection:
                 result[first : first + TOGETHER] += padded @ signs
         return result[:count] / self.dimension**0.5
 
-    def signs(self, block: int, height: int) -> Tensor:
+    def signs(self, block: int, height: int, device: torch.device | str = "cpu") -> Tensor:
         """+1 and -1 of one block, (height, dimension) float32."""
-        generator = np.random.Generator(np.random.Philox(key=[self.seed, block]))
-        bits = np.frombuffer(generator.bytes(-(-height * self.dimension // 8)), np.uint8)
-        flat = np.unpackbits(bits, count=height * self.dimension).astype(np.float32)
-        return torch.from_numpy(flat.reshape(height, self.dimension)).mul_(2).sub_(1)
+        size = height * self.dimension
+        number = torch.arange(1, -(-size // 64) + 1, device=device) + (block << 32)
+        words = scrambled(number * GOLDEN + scrambled(torch.tensor(self.seed, device=device)))
+        table = torch.from_numpy(SIGNS_OF_BYTE).to(device)
+        signs = table.index_select(0, words.view(torch.uint8).int())  # on a CPU much faster than table[...]
+        return signs.reshape(-1)[:size].reshape(height, self.dimension)
+
+
+def scrambled(words: Tensor) -> Tensor:
+    """Numbers that look random from any 64-bit numbers, int64 (splitmix64: Steele et al., 2014); products wrap around."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        without_sign = (1 << (64 - shift)) - 1  # a shift of a negative number fills in ones
+        words = (words ^ ((words >> shift) & without_sign)) * factor
+    return words
 
 
 @dataclass
@@ -78,16 +91,22 @@ class GradientFeatures:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows whose gradients fit in `GRADIENT_BYTES`."""
-        size = sum(weight.numel() for weight in self.checkpoint.weights.values())
-        return max(TOGETHER, GRADIENT_BYTES // (4 * size) // TOGETHER * TOGETHER)
+        """Rows whose gradients fit in `GRADIENT_BYTES`, `TOGETHER` at least."""
+        return max(TOGETHER, GRADIENT_BYTES // (4 * self._parameter_count) // TOGETHER * TOGETHER)
+
+    @property
+    def _parameter_count(self) -> int:
+        return sum(weight.numel() for weight in self.checkpoint.weights.values())
 
     def __call__(self, bundle: Bundle, batch: Batch) -> list[np.ndarray]:
         features: list[np.ndarray] = []
         indices = batch.table_index.tolist()
         for start in range(0, len(indices), self.rows_at_once):
-            gradients = [self.gradient(bundle, index) for index in indices[start : start + self.rows_at_once]]
-            projected = self.projection.project(torch.stack(gradients)).cpu().numpy()
+            some = indices[start : start + self.rows_at_once]
+            gradients = torch.empty(len(some), self._parameter_count, device=bundle.device)
+            for place, index in enumerate(some):
+                gradients[place] = self.gradient(bundle, index)
+            projected = self.projection.project(gradients).cpu().numpy()
             features += list(projected / np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), 1e-30))
         return features
 

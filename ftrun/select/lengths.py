@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ftrun.errors import ConfigError
+
 CJK = "\u3400-\u4dbf\u4e00-\u9fff"
 CHARACTER = re.compile(rf"[{CJK}]")
 WORD = re.compile(rf"[^\W_{CJK}]+(?:['\u2019-][^\W_{CJK}]+)*")
@@ -25,6 +27,19 @@ def demanded_lengths(prompt: str, patterns: list[str]) -> set[int]:
     found |= {_numeral(match[1]) * UNIT[match[2]] for match in IN_NUMERALS.finditer(prompt)}
     found |= {_value(match[1]) for pattern in patterns for match in re.finditer(pattern, prompt)}
     return {length for length in found if length > 0}
+
+
+def check_patterns(patterns: list[str], knob: str) -> None:
+    """Raises ConfigError for what is no regular expression, or has no group around the number."""
+    for pattern in patterns:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ConfigError(f"this is no regular expression: {error}", f"{knob}={pattern}") from None
+        if groups < 1:
+            raise ConfigError(
+                "a pattern needs a group around the number", f"{knob}={pattern}", r"Such as: in (\d+) lines"
+            )
 
 
 def text_length(text: str) -> int:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ftrun.errors import ConfigError
 from ftrun.select.base import Table
 from ftrun.select.cluster import by_content, cluster_rows
 from ftrun.select.embed import embed_rows
@@ -25,25 +24,14 @@ def warmup_rows(
 ) -> np.ndarray:
     """Places of at most ``count`` of the ``candidates``, sorted: an equal number from each cluster of prompts.
 
-    Of a cluster only the rows count whose prompt has a perplexity within its ``percentiles``.
+    Of a cluster only the rows count whose prompt has a perplexity within its ``percentiles``. One with fewer rows than
+    its number gives all of them.
     """
-    if len(percentiles) != 2 or not 0 <= percentiles[0] < percentiles[1] <= 100:
-        raise ConfigError(
-            "the warm-up takes rows between two percentiles of perplexity",
-            f"select.warmup_percentiles={percentiles}",
-            "Give a lower and an upper one: [25,75].",
-        )
-    if count < clusters:
-        raise ConfigError(
-            f"a warm-up of {count} rows is less than one for each of {clusters} clusters",
-            f"select.warmup={count}",
-            f"Raise it, or set select.warmup_clusters={count}.",
-        )
     vectors = embed_rows(pool, ctx, "model", "prompt")
     table = Table({}, np.ones(len(pool)), pool, vectors)
     rows = by_content(table, candidates, ctx, "warmup")
     label = ctx.team.gather_object(cluster_rows(table, rows, clusters, ITERATIONS, RESTARTS, ctx).label)[0]
-    loss = prompt_losses(turns, len(pool), ctx)[rows]
+    loss = prompt_losses(turns, rows, ctx)
     kept = [
         rows[label == number][strided(loss[label == number], count // clusters, percentiles)]
         for number in range(int(label.max()) + 1)
@@ -51,19 +39,17 @@ def warmup_rows(
     return np.sort(np.concatenate(kept))
 
 
-def prompt_losses(turns: Turns, rows: int, ctx: Context) -> np.ndarray:
-    """Mean nll of the first prompt of each row, (rows,); it orders rows as their perplexity does. NaN without a turn."""
+def prompt_losses(turns: Turns, rows: np.ndarray, ctx: Context) -> np.ndarray:
+    """Mean nll of the first prompt of each of these rows, (rows,); it orders rows as their perplexity does."""
     owners, first = np.unique(turns.row, return_index=True)
-    losses = np.full(rows, np.nan)
-    prompts = segments(([], turns.prompt[turn]) for turn in first.tolist())
-    losses[owners] = ctx.scorer.mean_nll(prompts, "score prompts")
-    return losses
+    prompts = segments(([], turns.prompt[turn]) for turn in first[np.searchsorted(owners, rows)].tolist())
+    return ctx.scorer.mean_nll(prompts, "score prompts")
 
 
 def strided(loss: np.ndarray, count: int, percentiles: list[float]) -> np.ndarray:
-    """Positions of at most ``count`` losses within their percentiles, evenly spread over those that are."""
-    if np.isnan(loss).all():
-        return np.zeros(0, np.int64)
+    """Positions of at most ``count`` losses within their percentiles, evenly spread; all where they are fewer."""
+    if len(loss) < count or np.isnan(loss).all():
+        return np.arange(len(loss))[:count]
     low, high = np.nanpercentile(loss, percentiles)
     within = np.flatnonzero((loss >= low) & (loss <= high))
     return within if len(within) <= count else within[np.arange(count) * len(within) // count]

@@ -52,6 +52,12 @@ class CotWithTopic(TokenPolicy):
 
     def edit(self, records: Iterable[Record], ctx: Context) -> Iterator[dict[str, Any]]:
         for record in records:
+            if [message.role for message in record.prompt if message.role != "system"] != ["user"]:
+                raise DataError(
+                    f"row {record.id} is not one question with its solution",
+                    "tokens=cot_with_topic",
+                    "Give rows with one user turn before the response.",
+                )
             letters = self.letters_of(record)
             asked = Message("user", self.prompt(record))
             answer = Message("assistant", self.answer(record, letters))
@@ -84,21 +90,21 @@ class CotWithTopic(TokenPolicy):
         return "\n".join(lines)
 
     def options_of(self, record: Record) -> list[tuple[str, str]]:
-        """Letters with their texts. Raises DataError where they are neither a list nor a mapping."""
+        """Letters with their texts. Raises DataError where they are neither a list of texts nor a mapping to texts."""
         options = record.fields.get(self.options)
         if options is None or options in ("", [], {}):
             return []
-        if isinstance(options, dict):
-            return [(str(letter), str(text)) for letter, text in options.items()]
         if isinstance(options, str):
             options = [line for line in options.splitlines() if line.strip()]
-        if not isinstance(options, list) or len(options) > len(LETTERS):
+        if isinstance(options, list) and len(options) <= len(LETTERS):
+            options = dict(zip(LETTERS, options, strict=False))
+        if not isinstance(options, dict) or any(isinstance(text, (list, dict)) for text in options.values()):
             raise DataError(
                 f'row {record.id} has no list of up to {len(LETTERS)} options in the column "{self.options}"',
                 f"tokens.options={self.options}",
                 "Give a list of texts, or letters with their texts.",
             )
-        return list(zip(LETTERS, map(str, options), strict=False))
+        return [(str(letter), str(text)) for letter, text in options.items()]
 
     def letters_of(self, record: Record) -> str:
         """The answer as text; the number of an option, from 0, as its letter. Raises DataError where there is none."""
@@ -109,7 +115,11 @@ class CotWithTopic(TokenPolicy):
         for part in parts:
             if isinstance(part, int) and not isinstance(part, bool) and options:
                 if not 0 <= part < len(options):
-                    raise DataError(f"row {record.id} has the answer {part}, and {len(options)} options from 0 on")
+                    raise DataError(
+                        f"row {record.id} has the answer {part}, and {len(options)} options from 0 on",
+                        'column "answer"',
+                        "Give the letter of the option, or its number counted from 0.",
+                    )
                 found.append(options[part][0])
             elif part is not None and str(part).strip():
                 found.append(str(part).strip())

@@ -119,9 +119,13 @@ class CriticalTokenFt(TokenPolicy):
         writer = self._writer(ctx)
         answers = _answers(table, writer, ctx)
         others = self._other_tokens(table, answers, writer)
-        tests = [(answer, row, at) for row, answer in enumerate(answers) for at in self._tested(answer)]
+        tests = [(answer, row, at) for row, answer in enumerate(answers) for at in self._tested(answer, writer)]
         if not tests:
-            raise DataError("critical_token_ft has no answer token to test", "selection/edited.jsonl")
+            raise DataError(
+                "critical_token_ft has no answer token to test",
+                "selection/edited.jsonl",
+                "Lower tokens.max_new_tokens if the answers leave no room for continuations in the context.",
+            )
         tally = Tally(len(answers), sum(answer.end - answer.first for answer in answers), len(tests))
         self._say_cost(tests, writer)
         undecided = tests  # a right continuation settles a position: the next token is tried where all were wrong
@@ -136,19 +140,23 @@ class CriticalTokenFt(TokenPolicy):
                 for (answer, row, at), ids in zip(undecided, whole, strict=True)
                 if not (writer.ended(ids) and answer.check.score(writer.text(ids[answer.first :])) >= 1)
             ]
-        scores, weights = np.full(len(table.input_ids), np.nan), np.zeros(len(table.input_ids), np.float32)
+        scores, kept = np.full(len(table.input_ids), np.nan), np.zeros(len(table.input_ids), bool)
         scores[[answer.offset + at for answer, _, at in tests]] = 0
         for answer, _, at in undecided:
-            scores[answer.offset + at] = weights[answer.offset + at] = 1
+            scores[answer.offset + at] = kept[answer.offset + at] = 1
             if answer.end < len(answer.ids):
-                weights[answer.offset + answer.end] = 1
+                kept[answer.offset + answer.end] = True
         tally.critical, tally.answers_without = len(undecided), len(answers) - len({row for _, row, _ in undecided})
         self._say_outcome(tally, ctx)
         writer.engine.discard()
-        return scores, weights
+        return scores, np.where(kept, table.loss_weight, 0).astype(np.float32)
 
-    def _tested(self, answer: Answer) -> list[int]:
-        """Places in the row that are tested."""
+    def _tested(self, answer: Answer, writer: Continuations) -> list[int]:
+        """Places in the row that are tested: those after which a continuation has room in the context."""
+        room = writer.bundle.context_length - self.max_new_tokens  # longest beginning, the other token included
+        return [at for at in self._spread(answer) if at + 1 <= room]
+
+    def _spread(self, answer: Answer) -> list[int]:
         count = answer.end - answer.first
         if self.max_positions is None or count <= self.max_positions:
             return list(range(answer.first, answer.end))
@@ -192,7 +200,8 @@ class CriticalTokenFt(TokenPolicy):
         ctx.facts["critical_tokens"] = asdict(tally)
         ctx.report.note(
             f"{tally.critical} of {tally.tested} tested tokens are critical ({tally.critical / tally.tested:.1%}); "
-            f"{tally.positions - tally.tested} were not tested; {tally.continuations} continuations, "
+            f"{tally.positions - tally.tested} were not tested (tokens.max_positions, or no room in the context for "
+            f"tokens.max_new_tokens more); {tally.continuations} continuations, "
             f"{tally.unfinished} of them unfinished and counted as wrong"
         )
         if tally.critical == 0:

@@ -50,12 +50,14 @@ def generator_of(record: Record, draw: int, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, draw, int.from_bytes(content, "big")])
 
 
-def draw_rows(rows: list[Record], count: int, query: Record, generator: np.random.Generator) -> list[Record]:
-    """Up to ``count`` different rows in random order, none with the text of the query."""
-    asked, drawn = text_of(query), []
-    for place in generator.permutation(len(rows)):
-        if len(drawn) == count:
+def draw_rows(
+    rows: list[Record], count: int, query: Record, generator: np.random.Generator, other_labels: bool = False
+) -> list[Record]:
+    """Up to ``count`` different rows in random order, none with the text of the query, or with its label."""
+    asked, found = text_of(query), []
+    for size in (min(len(rows), 2 * count + 8), len(rows)):  # a few are almost always enough
+        drawn = (rows[place] for place in generator.choice(len(rows), size, replace=False))
+        found = [row for row in drawn if text_of(row) != asked and not (other_labels and row.label == query.label)]
+        if len(found) >= count:
             break
-        if text_of(rows[place]) != asked:
-            drawn.append(rows[place])
-    return drawn
+    return found[:count]

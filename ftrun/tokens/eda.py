@@ -95,7 +95,8 @@ def _deleted(words: Words, free: list[int], alpha: float, random: np.random.Gene
     gone = {at for at in free if random.random() < alpha}
     if words and len(gone) == len(words):
         gone.discard(int(random.integers(len(words))))
-    return [word for at, word in enumerate(words) if at not in gone]
+    left = [word for at, word in enumerate(words) if at not in gone]
+    return [(words[0][0], left[0][1]), *left[1:]] if left else left  # the text begins as it did
 
 
 def _swapped(words: Words, free: list[int], count: int, random: np.random.Generator) -> Words:

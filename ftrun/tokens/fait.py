@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftrun.data.batches import collate
+from ftrun.data.batches import collate, length_sorted
+from ftrun.data.edits import aligned
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
@@ -109,6 +110,7 @@ class Fait(TokenPolicy):
             asked = marked_tokens(renderer, wrong, whole, marks.line | marks.token).astype(np.float32)
             made.append(Sequence(whole.input_ids[: bundle.context_length], asked[: bundle.context_length], record))
         self._wrong = TokenTable.from_sequences(made)
+        self._asked = self._wrong.trained_counts() > 0
 
     def weigh(self, view: StepView) -> Tensor:
         line, token = (view.batch.remembered_targets(name) for name in (LINE, TOKEN))
@@ -126,17 +128,18 @@ class Fait(TokenPolicy):
 
     def _wrong_nll(self, view: StepView) -> Tensor:
         """Mean loss of the marked tokens of every wrong answer, (sequences,), NaN where there is none."""
-        mine = view.batch.table_index.tolist()
-        asked = self._wrong.trained_counts()[mine]
+        mine = view.batch.table_index.cpu().numpy()
+        places = np.flatnonzero(self._asked[mine])  # in the batch
         found = torch.full((view.batch.sequences,), torch.nan, device=view.batch.input_ids.device)
         architecture, training = view.architecture, view.model.training
         view.model.eval()
         try:
-            # one at a time: a wrong answer may be longer than the batch that its right one was put into
-            for place in np.flatnonzero(asked).tolist():
-                batch = collate(self._wrong, [[mine[place]]], 0).to(found.device)
+            # cut anew: a wrong answer may be longer than the batch that its right one was put into
+            for part in length_sorted(self._wrong.lengths[mine[places]], view.batch.input_ids.numel()):
+                batch = collate(self._wrong, [[index] for index in mine[places[part]].tolist()], 0).to(found.device)
                 states = architecture.hidden_states(view.model, batch)[batch.predicting]
-                found[place] = token_nll(states, architecture.head(view.model), batch.target_ids).mean()
+                nll = token_nll(states, architecture.head(view.model), batch.target_ids)
+                found[places[part].tolist()] = _mean(nll, batch.target_sequence, batch.sequences).to(found.dtype)
         finally:
             view.model.train(training)
         return found
@@ -186,28 +189,9 @@ def differences(right: str, wrong: str, comments: tuple[str, ...] = ()) -> tuple
 
 def changed_characters(one: str, two: str) -> tuple[np.ndarray, np.ndarray]:
     """Characters of each text outside a smallest edit of one into the other (Levenshtein), (characters,) bool each."""
-    same = 0
-    while same < min(len(one), len(two)) and one[same] == two[same]:
-        same += 1
-    one, two = one[same:], two[same:]
-    distance = [list(range(len(two) + 1))]
-    for i, ours in enumerate(one, 1):
-        above, row = distance[-1], [i]
-        for j, theirs in enumerate(two, 1):
-            row.append(min(above[j - 1] + (ours != theirs), above[j] + 1, row[-1] + 1))
-        distance.append(row)
-    changed = np.ones(same + len(one), bool), np.ones(same + len(two), bool)
-    changed[0][:same] = changed[1][:same] = False
-    i, j = len(one), len(two)
-    while i and j:
-        differs = one[i - 1] != two[j - 1]
-        if distance[i][j] == distance[i - 1][j - 1] + differs:
-            i, j = i - 1, j - 1
-            changed[0][same + i] = changed[1][same + j] = differs
-        elif distance[i][j] == distance[i - 1][j] + 1:
-            i -= 1
-        else:
-            j -= 1
+    changed = np.ones(len(one), bool), np.ones(len(two), bool)
+    for i, j in aligned(one, two):
+        changed[0][i] = changed[1][j] = False
     return changed
 
 

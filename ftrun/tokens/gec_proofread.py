@@ -33,8 +33,8 @@ LETTERS = "".join(sorted(KEYS))
 class GecProofread(TokenPolicy):
     """Trains to undo typing errors that are put into clean texts (Liu et al., 2024, arXiv:2406.04523).
 
-    Clean texts are rows of texts, or the responses of conversations. Each letter is struck with probability ``rate`` by
-    one error, drawn evenly from the kinds that are possible there: the letter is dropped, one is inserted after it, it
+    Clean texts are rows of texts, or the last responses of conversations. Each letter is struck with probability
+    ``rate`` by one error, drawn evenly from the kinds that are possible there: the letter is dropped, one is inserted after it, it
     changes places with the next, it is typed twice, one of a double letter is missing, or a key nearby is hit, by a
     Gaussian of ``spread`` key widths around the right one. The model gets the instruction and the faulty text, and
     learns to write the clean one. A ``clean_share`` of the texts stays as it is, so that it learns to leave right

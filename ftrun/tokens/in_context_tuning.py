@@ -78,10 +78,7 @@ class InContextTuning(TokenPolicy):
     def prompt(self, query: Record, task: Task, generator: np.random.Generator) -> tuple[dict[str, Any], int]:
         """The row's prompt with its label word as answer, and how many demonstrations are shown."""
         template = self.templates[int(generator.integers(len(self.templates)))]
-        rows = task.rows
-        if self.other_labels:
-            rows = [row for row in rows if row.label != query.label]
-        shown = draw_rows(rows, self.shots, query, generator)
+        shown = draw_rows(task.rows, self.shots, query, generator, self.other_labels)
         parts = [filled(template, text_of(row), self._word(row)) for row in shown]
         parts.append(filled(template, text_of(query), None))
         turns = [Message("user", "\n\n".join(parts)), Message("assistant", self._word(query))]

@@ -54,13 +54,12 @@ class LookaheadTuning(TokenPolicy):
             )
 
     def with_previews(self, messages: Iterable[Message], tokenizer: Any, last_only: bool = False) -> list[Message]:
-        """The conversation with a preview in every user turn that an answer follows, or in the last such turn."""
+        """The conversation with a preview in every user turn that an answer follows, or in that of the last answer."""
         edited = list(messages)
-        answers = [
-            at for at in range(1, len(edited)) if [m.role for m in edited[at - 1 : at + 1]] == ["user", "assistant"]
-        ]
-        for at in answers[-1:] if last_only else answers:
+        for at in range(max(1, len(edited) - 1) if last_only else 1, len(edited)):
             asked, answer = edited[at - 1], edited[at]
+            if (asked.role, answer.role) != ("user", "assistant"):
+                continue
             if self.mode == "virtual":
                 edited[at] = replace(answer, content=self.preview + answer.content)
                 shown = self.preview

@@ -55,7 +55,8 @@ class Multiverse(TokenPolicy):
     Answers hold, as plain text, <Parallel> <Goal> <Outline>1: ..</Outline> .. </Goal> <Path>1: ..</Path> <Path>2:
     ..</Path> <Conclusion> .. </Conclusion> </Parallel>, once, repeated or nested. The tokens of a path do not see those
     of its siblings; all paths of a block start at the same position, and what follows goes on after the longest. The
-    first token after a path is no target: a decoder that runs the paths side by side writes it by itself.
+    first token after a path is no target: a decoder that runs the paths side by side writes it by itself. Answers that
+    are not trained are ordinary context.
 
     Such a decoder is not part of ftrun. Its generation and its held-out loss are ordinary: the model writes and reads
     the paths one after the other, each sees those before and stands behind them. Unless ``learn_borders``, nothing has
@@ -130,6 +131,11 @@ class Multiverse(TokenPolicy):
         with_blocks = sum(bool(paths) for paths in self._paths)
         if with_blocks:
             ctx.report.note(f"{with_blocks} of {len(self._paths)} rows have parallel paths")
+            if not self.learn_borders:
+                ctx.report.note(
+                    "what to write after a path is not learned: `ftrun generate` and evaluation, which write path after "
+                    "path, want tokens.learn_borders=true"
+                )
         else:
             ctx.report.warn("no answer has a <Parallel> block with paths: this is plain fine-tuning")
 

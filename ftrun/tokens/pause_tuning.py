@@ -48,7 +48,7 @@ class PauseTuning(TokenPolicy):
     def edit(self, records: Iterable[Record], ctx: Context) -> Iterator[dict[str, Any]]:
         rows = without = before = 0
         for record in records:
-            marked = any(self.pause.strip() in message.content for message in record.prompt)
+            marked = self._marked(record)
             messages = list(record.messages) if marked else self.with_pauses(record)
             rows, before = rows + 1, before + marked
             without += not marked and messages == list(record.messages)
@@ -59,7 +59,8 @@ class PauseTuning(TokenPolicy):
             ctx.report.warn(f"{without} of {rows} rows get no pause: nothing in them matches tokens.after={self.after}")
 
     def edit_prompt(self, record: Record) -> Record:
-        if any(self.pause.strip() in message.content for message in record.messages):
+        """The prompt with its pauses, in all user turns: which part of it is the context is not known."""
+        if self._marked(record):
             return record
         return replace(record, messages=tuple(map(self._paused, record.messages)))
 
@@ -82,6 +83,10 @@ class PauseTuning(TokenPolicy):
     def insert(self, text: str) -> str:
         """The text with a pause after every segment."""
         return text if self.after is None else re.sub(self.after, lambda match: match.group() + self.pause, text)
+
+    def _marked(self, record: Record) -> bool:
+        """Whether a user turn holds pauses already; the system prompt may name them to explain them."""
+        return any(self.pause.strip() in message.content for message in record.messages if message.role == "user")
 
     def _paused(self, message: Message) -> Message:
         return replace(message, content=self.insert(message.content)) if message.role == "user" else message

@@ -72,6 +72,8 @@ class QTuning(TokenPolicy):
                 raise ConfigError(
                     f"tokens.{name} is a share above 0 and up to 1, not {share}", f"tokens.{name}={share}"
                 )
+        if not 0 <= self.smoothing <= 1:
+            raise ConfigError("tokens.smoothing lies between 0 and 1", f"tokens.smoothing={self.smoothing}")
 
     def statistic(self, view: StepView) -> Tensor:
         """Six numbers a sample, and with ``token_budget=batch`` a response token, flattened, float64.

@@ -106,19 +106,17 @@ class RftShad(TokenPolicy):
 
 def with_prompts(table: TokenTable) -> TokenTable:
     """The rows that have a prompt before their first trained token. Raises DataError when there is none."""
-    weight = np.asarray(table.loss_weight)
-    asked = [
-        index
-        for index, (first, end) in enumerate(zip(table.offsets[:-1], table.offsets[1:], strict=True))
-        if end - first > 2 and not (weight[first : first + 2] > 0).any() and not table.continues[index]
-    ]
-    if not asked:
+    trained = np.asarray(table.loss_weight) > 0
+    asked = np.flatnonzero((table.lengths > 2) & ~table.continues)
+    first = table.offsets[asked]
+    asked = asked[~(trained[first] | trained[first + 1])]
+    if not len(asked):
         raise DataError(
             "rft_shad deals responses to other prompts, and no row has a prompt",
             "data.path",
             "Use rows with prompts and responses, and data.train_on=responses.",
         )
-    return table.rows(np.array(asked))
+    return table.rows(asked)
 
 
 def shuffled(table: TokenTable, seed: int, longest: int) -> tuple[TokenTable, int]:

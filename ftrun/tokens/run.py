@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 
 from ftrun.context import cache_dir
 from ftrun.data.pool import Pool, load_pool
+from ftrun.data.roles import ROLES
 from ftrun.errors import ComponentError, ConfigError, DataError
 from ftrun.select.run import written_beside
 from ftrun.tokens.base import TokenPolicy
 from ftrun.tokens.reuse import FILE, Lines, read_tokens, write_origin
+from ftrun.tokens.several import Several
 
 if TYPE_CHECKING:
     from ftrun.context import Context
@@ -70,16 +72,20 @@ def run_tokens(policy: TokenPolicy, table: TokenTable, ctx: Context) -> TokenTab
     if not (stored or policy.static or policy.remembers or policy.edits):
         return table
     scores, weights = np.full(len(table.input_ids), np.nan), np.asarray(table.loss_weight)
+    parts = policy.policies if isinstance(policy, Several) else [policy]
     if stored:
-        _check_methods(policy, stored.methods, ctx)
+        _check_methods(parts, stored.methods, ctx)
         scores, weights = stored.scores, stored.weights
     elif policy.static:
         scores, weights = policy.precompute(table, ctx)
     if not (len(scores) == len(weights) == len(table.input_ids)) or not np.isfinite(weights).all():
         raise ComponentError(f"tokens={ctx.settings.choice('tokens')} gives no weight to some tokens")
     weighed = table.with_weights(weights)
-    if stored and stored.remembered:
+    if stored:
         weighed = weighed.with_remembered(stored.remembered)
+        for part, name in zip(parts, ctx.settings.choices("tokens"), strict=True):
+            if part.remembers and name not in stored.methods:  # that run did not ask for it
+                weighed = weighed.with_remembered(part.remember(weighed, ctx))
     elif policy.remembers:
         weighed = weighed.with_remembered(policy.remember(weighed, ctx))
     if ctx.team.rank == 0:
@@ -90,12 +96,13 @@ def run_tokens(policy: TokenPolicy, table: TokenTable, ctx: Context) -> TokenTab
     return _without_empty(weighed, ctx) if policy.drops_empty else weighed
 
 
-def _check_methods(policy: TokenPolicy, methods: list[str], ctx: Context) -> None:
-    """Refuse weights that another method made than the one that was asked for. Raises ConfigError."""
-    mine = set(ctx.settings.choices("tokens"))
-    if (policy.static or policy.remembers) and not mine & set(methods):
+def _check_methods(parts: list[TokenPolicy], methods: list[str], ctx: Context) -> None:
+    """Refuse weights that another method made than one that was asked for. Raises ConfigError."""
+    names = ctx.settings.choices("tokens")
+    missing = [name for part, name in zip(parts, names, strict=True) if part.static and name not in methods]
+    if missing:
         raise ConfigError(
-            f"the weights there were made by {' and '.join(methods)}, not by {' and '.join(sorted(mine))}",
+            f"the weights there were made by {' and '.join(methods)}, not by {' and '.join(missing)}",
             f"tokens.from={ctx.settings.tokens.from_run}",
             f"Use tokens={methods[0]} or tokens=none with them, or leave tokens.from out.",
         )
@@ -119,10 +126,16 @@ def _without_empty(table: TokenTable, ctx: Context) -> TokenTable:
 
 
 def write_tokens(path: Path, table: TokenTable, scores: np.ndarray) -> None:
-    """One line a token, as `Lines` says; what the policy remembers of the tokens stands in further columns."""
+    """One line a token, as `Lines` says; what the policy remembers of the tokens stands in further columns.
+
+    The file's metadata tell under ``roles`` how many tokens of each role there are, how many of them have a weight, and
+    the sum of those.
+    """
     further = [pa.field(name, pa.float32()) for name in table.remembered]
     schema = pa.schema([*SCHEMA, *further])
     lines = Lines.of(table)
+    if table.role is not None:
+        schema = schema.with_metadata({"roles": json.dumps(_by_role(table, lines))})
     with written_beside(path) as beside, pq.ParquetWriter(beside, schema) as writer:
         for first in range(0, len(lines.tokens), TOKENS_AT_ONCE):
             part = slice(first, first + TOKENS_AT_ONCE)
@@ -136,3 +149,11 @@ def write_tokens(path: Path, table: TokenTable, scores: np.ndarray) -> None:
                 *(pa.array(values[tokens], pa.float32(), from_pandas=True) for values in table.remembered.values()),
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+def _by_role(table: TokenTable, lines: Lines) -> dict[str, dict[str, float]]:
+    assert table.role is not None
+    role, weight = table.role[lines.tokens], np.asarray(table.loss_weight[lines.tokens], np.float64)
+    numbers = {"tokens": np.ones_like(weight), "kept": weight != 0, "weight": weight}
+    sums = {name: np.bincount(role, values, len(ROLES)).tolist() for name, values in numbers.items()}
+    return {role: {name: values[at] for name, values in sums.items()} for at, role in enumerate(ROLES)}

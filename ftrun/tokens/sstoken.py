@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ftrun.errors import ConfigError
+from ftrun.errors import ConfigError, DataError
 from ftrun.models.wrappers import adds_virtual_tokens
 from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy
@@ -61,7 +61,17 @@ class SsToken(TokenPolicy):
         return self.layer if self.gamma < 1 or self.warmup_samples > 0 else None
 
     def remember(self, table: TokenTable, ctx: Context) -> dict[str, np.ndarray]:
+        """Losses of all trained tokens before training. Raises DataError where attention counts and no row has a prompt."""
+        second = table.offsets[:-1][table.lengths > 1] + 1  # the first token that could be trained
+        if self.watched_layer() is not None and (np.asarray(table.loss_weight)[second] > 0).all():
+            raise DataError(
+                "sstoken looks at attention to the prompt, and no row has one",
+                "data.path",
+                "Use rows with prompts and responses and data.train_on=responses, or losses alone: "
+                "tokens.gamma=1 tokens.warmup_samples=0.",
+            )
         history = own_scoring(ctx)
+        self._check_layer(history.bundle)  # before a long pass
         losses = history.token_nll(table, "score with the model")
         history.discard()
         return {HISTORY: losses}
@@ -69,11 +79,7 @@ class SsToken(TokenPolicy):
     def attach(self, bundle: Bundle, ctx: Context) -> nn.Module | None:
         """Adds nothing: refuses a model whose attention to the prompt cannot be read."""
         self._batch_size = ctx.settings.train.batch_size
-        layers = len(bundle.architecture.layers)
-        if not -layers <= self.layer < layers:
-            raise ConfigError(
-                f"{bundle.path} has {layers} layers", f"tokens.layer={self.layer}", f"Use -{layers} to {layers - 1}."
-            )
+        self._check_layer(bundle)
         if adds_virtual_tokens(bundle.model):
             raise ConfigError(
                 "sstoken reads attention to the prompt; this adapter puts virtual tokens before it",
@@ -81,6 +87,13 @@ class SsToken(TokenPolicy):
                 "Use adapter=lora.",
             )
         return None
+
+    def _check_layer(self, bundle: Bundle) -> None:
+        layers = len(bundle.architecture.layers)
+        if not -layers <= self.layer < layers:
+            raise ConfigError(
+                f"{bundle.path} has {layers} layers", f"tokens.layer={self.layer}", f"Use -{layers} to {layers - 1}."
+            )
 
     def statistic(self, view: StepView) -> Tensor:
         """Trained tokens of a micro-batch, and how many of them are kept, (2,)."""

@@ -129,8 +129,14 @@ class SymbolTuning(TokenPolicy):
                         yield row
         if lost:
             ctx.report.warn(f"{lost} prompts are left out: their task has one class, or a class without another row")
-        if not heldout and self.instructions is not None:
+        if heldout:
+            return
+        if self.instructions is not None:
             yield from self._mixed_in(made, ctx)
+        else:
+            ctx.report.note(
+                "no instructions are mixed in: models of 8B and less lose skill on ordinary labels (tokens.instructions)"
+            )
 
     def prompt(
         self, query: Record, task: Task, symbols: Symbols, generator: np.random.Generator

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy
 from ftrun.training.view import StepView
@@ -31,8 +32,22 @@ class Talr(TokenPolicy):
     minimum_weight: float = 0.01  # no token weighs less
     normalize: Literal["tokens", "simplex"] = "tokens"  # divisor of the loss: number of tokens, or sum of the weights
 
+    needs: ClassVar[dict[str, str]] = {"token_loss": "weighs the loss of every token"}
     dynamic: ClassVar[bool] = True
     whole_step: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.tau is not None and not self.tau > 0:
+            raise ConfigError(
+                f"tokens.tau must lie above 0, not be {self.tau}",
+                f"tokens.tau={self.tau}",
+                "tokens.tau=null takes the median of every step.",
+            )
+        if not 0 <= self.minimum_weight <= 1:
+            raise ConfigError(
+                f"tokens.minimum_weight lies between 0 and 1, {self.minimum_weight} does not",
+                f"tokens.minimum_weight={self.minimum_weight}",
+            )
 
     def statistic(self, view: StepView) -> Tensor:
         """Mean losses of the sequences, (sequences,); for the simplex the losses of all tokens too.
@@ -57,6 +72,8 @@ class Talr(TokenPolicy):
 
     def weights(self, nll: Tensor, sequence_means: Tensor) -> Tensor:
         """``w`` of tokens with these losses in a step of sequences with these mean losses."""
-        tau = self.tau or sequence_means.median().clamp(min=LOWEST_TAU)  # median: the lower middle for even counts
+        tau = self.tau
+        if tau is None:
+            tau = sequence_means.median().clamp(min=LOWEST_TAU)  # the lower middle for even counts
         p = (-nll).exp().clamp(min=LOWEST_PROBABILITY)
         return (p ** (1 / tau)).clamp(min=self.minimum_weight)

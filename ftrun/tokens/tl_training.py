@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -138,9 +139,14 @@ class TlTraining(TokenPolicy):
         if call is None:
             counted["none"] += 1
             return set(), set()
-        ends = [len(tokenizer.decode(ids[: n + 1], skip_special_tokens=False)) for n in range(len(ids))]
-        before = tokenizer.decode(ids, skip_special_tokens=False).find(record.response)
-        if before < 0:
+
+        def text(tokens: int) -> str:
+            """What the first tokens of the reply stand for."""
+            return tokenizer.decode(ids[:tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+        body = record.response.strip()  # a template may strip it too
+        start = text(len(ids)).find(body)
+        if start < 0:
             counted["lost"] += 1
             return set(), set()
         counted["call"] += 1
@@ -148,7 +154,8 @@ class TlTraining(TokenPolicy):
         counted["alike"] += len(choices) > 1
 
         def token(character: int) -> int:
-            return min(int(np.searchsorted(ends, before + character, side="right")), len(ids) - 1)
+            place = start + character - record.response.index(body)
+            return min(bisect_right(range(len(ids)), place, key=lambda n: len(text(n + 1))), len(ids) - 1)
 
         keys = {token(place) for place in choices}
         return keys, {token(place) for place in call.last} - keys

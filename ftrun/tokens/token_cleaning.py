@@ -109,6 +109,12 @@ class TokenCleaning(ComparesWithReference):
                 f"picker={trainer.ctx.settings.choice('picker')}",
                 "Use another picker, or tokens.mode=fixed.",
             )
+        if self._begun < self.rounds and len(self._scores) != len(trainer.table.input_ids):
+            raise ConfigError(
+                "tokens.mode=self_evolving scores all rows, and another token method leaves some of them out",
+                f"tokens=[{','.join(trainer.ctx.settings.choices('tokens'))}]",
+                "Use tokens.mode=fixed, or token_cleaning alone.",
+            )
         chunk = self.order(trainer.table)
         assert chunk is not None
         before = self._begun

@@ -30,7 +30,10 @@ class Team:
             )
         if on_cpu:
             os.environ["ACCELERATE_USE_CPU"] = "true"
-        torch.set_num_threads(launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.processes))
+        threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.processes)
+        torch.set_num_threads(threads)
+        if wanted > 1:
+            os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # else Accelerate takes a number of its own
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
         loggers: list[Any] = list(trackers or [])
         self.accelerator = Accelerator(

@@ -80,7 +80,7 @@ class Trainer:
         self.packing = joins if self.settings.packing is None else self.settings.packing
         self.progress.data = self.table.fingerprint()
         if self.tokens.dynamic:
-            self.weight_log = WeightLog(self.bundle.tokenizer, self.bundle.architecture.vocabulary)
+            self.weight_log = WeightLog(self.bundle.tokenizer, self.bundle.architecture.vocabulary, self.table.record)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         if not self.table.trained_counts().any() and self.objective.kind != "labels":
             raise DataError(
@@ -367,7 +367,7 @@ class Trainer:
         """What the token policy made of the tokens of the step; every process takes part."""
         if not self.tokens.dynamic or self.progress.step % self.settings.log_steps:
             return
-        gathered = self.team.gather_object((self.weight_log.sums, self.weight_log.histogram))
+        gathered = self.team.gather_object(self.weight_log.gathered)
         if file:
             file.write(json.dumps(strict(self.weight_log.line(self.progress.step, gathered))) + "\n")
             file.flush()

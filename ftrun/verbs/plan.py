@@ -182,17 +182,22 @@ def _embedding(model: Any) -> int:
 
 
 def _matmul_speed(device: torch.device) -> float:
-    """Multiply-add operations a second of a large matmul here, halved: what a training step reaches of it."""
-    size = 1024 if device.type == "cpu" else 8192
+    """Multiply-add operations a second of a large matmul here, halved: what a training step reaches of it.
+
+    On a CPU the time is that of this process, so that other work on the machine does not distort the estimate.
+    """
+    on_cpu = device.type == "cpu"
+    size = 1024 if on_cpu else 8192
+    clock, shared_by = (time.process_time, torch.get_num_threads()) if on_cpu else (time.perf_counter, 1)
     left, right = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     torch.mm(left, right)
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.2:
+    started, begun, count = clock(), time.perf_counter(), 0
+    while time.perf_counter() - begun < 0.2:
         torch.mm(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize()
         count += 1
-    return 2 * size**3 * count / (time.perf_counter() - started) / 2
+    return 2 * size**3 * count * shared_by / (clock() - started) / 2
 
 
 def _print(report: Any, settings: Settings, total: int, trainable: int, stages: list[Stage], speed: float) -> None:

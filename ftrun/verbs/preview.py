@@ -35,14 +35,16 @@ def preview(composed: Composed, html: bool) -> dict[str, Any]:
         pool = load_pool(settings.data, chain.work, settings.seed)
         prepared = chain.prepare(chain.edit(pool), "rows")
         table, weights = _weighed(chain, pool, prepared.table)
-        note = "weights are those of the first step, under the model before training" if weights else ""
+        notes = ["weights are those of the first step, under the model before training"] if weights else []
+        if chain.tokens.arranges:
+            notes.append("the method changes the inputs of these rows in every step: they are shown as they are before")
         rows = _rows(settings, table, weights)
     trained = int(table.trained_counts().sum())
     counts = {
         "rows": len(prepared.kept),
         "tokens": int(table.offsets[-1] - table.continues.sum()),
         "trained_tokens": trained,
-        "note": note,
+        "note": "; ".join(notes),
         "dropped": {reason: len(ids) for reason, ids in prepared.dropped.items()},
     }
     title = f"{settings.recipe or 'data'}: {settings.data.path}"
@@ -63,7 +65,7 @@ def _weighed(chain: Chain, pool: Pool, table: TokenTable) -> tuple[TokenTable, d
         return table, {}
     ctx.facts["data"] = pool.fingerprint
     chain.load_model()
-    table = chain.weigh(table)
+    table = chain.weigh(table, pool)
     ctx.train_tokens = table
     if not tokens.dynamic:
         return table, {}

@@ -127,7 +127,7 @@ def test_a_better_but_more_sensitive_model_is_said(bundle, context, table):
 def test_what_cannot_be_measured_is_refused(bundle, context, table):
     with pytest.raises(ConfigError, match="at least 1"):
         Perturbation(seeds=0)
-    for sigmas in ([], [-0.1], [0.1, 0.1]):
+    for sigmas in ([], [-0.1], [0.1, 0.1], [0.1, float("nan")], [float("inf")]):
         with pytest.raises(ConfigError, match="different numbers"):
             Perturbation(sigmas=sigmas)
     with pytest.raises(ConfigError, match="no held-out token"):

@@ -126,6 +126,16 @@ def test_the_base_is_the_model_that_the_run_started_from(tiny_dir, bundle, conte
     assert named == unnamed
 
 
+def test_a_model_that_was_not_trained_is_not_compared_with_itself_in_silence(tiny_dir, bundle, context, rows):
+    def said(*words: str) -> bool:
+        ctx = context(heldout=rows)
+        ctx.settings = compose.load([f"model.path={tiny_dir}", "model.dtype=float32", *words]).settings
+        TokenShift(max_new_tokens=2, rows=1).evaluate(bundle, ctx)
+        return any("compared with itself" in text for text in ctx.report.warnings)
+
+    assert said("recipe=urial_shift") and not said("recipe=lora_it_baseline")
+
+
 def test_what_cannot_be_compared_is_refused(against, bundle, context, rows):
     with pytest.raises(ConfigError, match="eval=token_shift has no rows"):
         against().evaluate(bundle, context())

@@ -28,11 +28,21 @@ def roomy(bundle, monkeypatch):
 
 
 def test_the_prompt_is_constant_and_ends_with_an_open_fence():
-    text = prompt_text("why?", 3)
+    text = prompt_text([Message("user", "why?")], 3)
     assert text.count("# Query:\n") == 4 and text.count(FENCE) == 7
     assert text.endswith("# Query:\nwhy?\n\n# Answer:\n```\n")
-    assert "houseplants" not in prompt_text("why?", 0)
+    assert "houseplants" not in prompt_text([Message("user", "why?")], 0)
     assert all(FENCE not in answer and not any(stop in answer for stop in STOPS) for _, answer in EXAMPLES)
+
+
+def test_earlier_turns_stand_as_queries_and_answers():
+    turns = [("system", "be brief"), ("user", "why?"), ("assistant", "so"), ("user", "and?")]
+    text = prompt_text([Message(role, said) for role, said in turns], 0)  # type: ignore[arg-type]
+    assert text.endswith(
+        "\n\n# Query:\nbe brief\n\nwhy?\n\n# Answer:\n```\nso\n```\n\n# Query:\nand?\n\n# Answer:\n```\n"
+    )
+    asked, answer = EXAMPLES[0]
+    assert f"\n\n# Query:\n{asked}\n\n# Answer:\n```\n{answer}\n```\n\n# Query:\n" in prompt_text([], 2)
 
 
 def test_an_answer_ends_where_the_next_query_begins():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,24 @@ def test_a_batch_too_short_for_any_head_has_no_such_loss(bundle):
     objective = ready(bundle, weight=1.0)
     loss, parts = step_loss(objective, views(objective, bundle, table))
     assert torch.isfinite(loss) and parts["ce_2"] == parts["ce_4"] == 0 and parts["ce_1"] > 0
+
+
+@pytest.mark.parametrize("batch_tokens", [10_000, 1])
+def test_a_head_worse_than_chance_is_said_once(batch_tokens, bundle, monkeypatch):
+    """However the step is cut; the loss that is named is a mean over the tokens of a micro-batch."""
+    random, rows = np.random.default_rng(0), []
+    for number in range(4):
+        rows.append(Sequence(random.integers(10, 300, 70).astype(np.int32), np.ones(70, np.float32), number))
+    table = TokenTable.from_sequences(rows)
+    monkeypatch.setattr("ftrun.objectives.caft_mtp.math.log", lambda _: 5.0)
+    for level, warned in ((4.0, 0), (6.0, 1)):
+        objective = ready(bundle, weight=1.0, heads=1)
+        said: list[str] = []
+        objective._report = SimpleNamespace(warn=said.append)  # type: ignore[assignment]
+        monkeypatch.setattr("ftrun.objectives.future_heads.token_nll", lambda states, *_, n=level: states[:, 0] * 0 + n)
+        step_loss(objective, views(objective, bundle, table, batch_tokens))
+        assert len(said) == warned
+    assert "head 1 of caft_mtp has a loss of 6, chance has 5" in said[0]
 
 
 def test_gradients_reach_the_model_through_frozen_heads(bundle, table):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import ftrun
 from ftrun.config.compose import load
 from ftrun.config.settings import ModelConfig
 from ftrun.data.batches import micro_batches
@@ -116,6 +119,20 @@ def test_the_head_is_one_linear_map_in_float32_and_learns(bundle, table):
     loss, _ = losses(objective, bundle, table)
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in objective.head.parameters())
+
+
+def test_the_saved_model_has_no_head(tiny_dir, tmp_path):
+    """The head trains, lies in the checkpoint, and is not exported."""
+    file, out = tmp_path / "code.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps({"text": f"the quick brown fox jumps {n}"}) + "\n" for n in range(8)))
+    words = ["recipe=horizon_length_prediction", f"model.path={tiny_dir}", f"data.path={file}", f"out={out}"]
+    ftrun.run("train", overrides=[*words, "train.max_steps=2", "train.batch_size=4", "data.heldout=0", "eval=[]"])
+    saved = load_file(out / "train/checkpoints/step-000002/trainable.safetensors")
+    assert {name: tuple(saved[name].shape) for name in saved if name.startswith("objective.")} == {
+        "objective.weight": (1, 32),
+        "objective.bias": (1,),
+    }
+    assert load_file(out / "model/model.safetensors").keys() == load_file(tiny_dir / "model.safetensors").keys()
 
 
 def test_it_needs_middles():

@@ -94,6 +94,14 @@ def test_without_tasks_all_words_compete(labelled, bundle):
     assert value == pytest.approx(expected(labelled, bundle, {0: words, 1: words})[0], rel=1e-5)
 
 
+def test_permuting_the_words_with_their_labels_changes_nothing(labelled, bundle):
+    """Neither the order of a task's words counts, nor which label a word stands for."""
+    objective = objective_for(labelled, bundle)
+    whole = total(objective, labelled, bundle)
+    objective._words = {task: words.flip(0) for task, words in objective._words.items()}
+    assert total(objective, labelled, bundle) == pytest.approx(whole, rel=1e-6)
+
+
 def test_other_logits_get_no_gradient(labelled, bundle):
     """Only the label words of the batch's tasks are pushed: no other row of an untied head moves."""
     objective = objective_for(labelled, bundle)

@@ -162,6 +162,31 @@ def test_samples_follow_the_formula(views, logits, bundle):
     assert float(objective.loss(view).value) == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.parametrize("rollouts", ["sampled", "exact"])
+def test_no_gradient_goes_through_the_draws(rollouts):
+    """By each logit: pi times the sum of the rewards, minus the rewards of the word; in plain numpy."""
+    objective = Otr(rollouts=rollouts, candidates=9, temperature=1.7, beta=-0.25)
+    random = np.random.default_rng(4)
+    raw, gold, chance = random.normal(0, 3, (6, 11)), random.integers(0, 11, 6), random.random((6, 9))
+    raw[range(6), gold] = raw.max(1) + 0.5  # likely enough to be drawn
+    reward = np.zeros_like(raw)  # mean reward that each word earns
+    for n in range(6):
+        if rollouts == "exact":
+            reward[n] = -0.25 * softmax(raw[n] / 1.7)
+            reward[n, gold[n]] /= -0.25
+        else:
+            below = np.cumsum(softmax(raw[n] / 1.7))
+            for c in chance[n]:
+                word = int(np.argmax(below > c))
+                reward[n, word] += (1.0 if word == gold[n] else -0.25) / 9
+    wanted = reward.sum(1, keepdims=True) * softmax(raw) - reward
+    logits, ids = torch.from_numpy(raw.copy()), torch.from_numpy(gold)
+    chances = torch.from_numpy(chance) if rollouts == "sampled" else None
+    losses, _, _ = objective.losses_and_gradient_(logits, ids, chances, torch.empty_like(logits))
+    np.testing.assert_allclose(logits.numpy(), wanted, atol=1e-12)
+    np.testing.assert_allclose(losses.numpy(), -(reward * np.log(softmax(raw))).sum(1), atol=1e-12)
+
+
 def test_a_gold_token_that_is_never_drawn_gives_no_gradient(views, bundle, monkeypatch):
     monkeypatch.setattr(otr, "draw_", lambda drawing, chances: torch.zeros(chances.shape, dtype=torch.long))
     found = gradients(Otr(beta=0.0, candidates=4), views(), bundle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,21 @@ def test_clinical_instructions_follow_the_texts(tiny_dir, text_file, rows_file, 
     assert (tmp_path / "instructions" / "model" / "model.safetensors").is_file()
     texts, none = (run["metrics"]["before"]["heldout"]["loss"] for run in (after, untouched))
     assert abs(texts - none) > 1e-3  # it starts from other weights than the base
+
+
+def test_proofreading_starts_from_the_rewriting_model(tiny_dir, rows_file, tmp_path):
+    """The two commands of the recipe: the loss before the second training is that of the merged first one."""
+    words = ["train.merge=true", "optim.learning_rate=1e-2"]
+    train("lora_sft", tiny_dir, rows_file, tmp_path / "rewrite", *words)
+    quick = ["eval=[heldout]", "data.max_length=256", "train.eval_before=true"]
+    losses, weights = [], []
+    for name, model in (("after", tmp_path / "rewrite" / "model"), ("without", tiny_dir)):
+        summary = train("gec_proofread", model, rows_file, tmp_path / name, *quick)
+        losses.append(summary["metrics"]["before"]["heldout"]["loss"])
+        weights.append(AutoModelForCausalLM.from_pretrained(model).state_dict())
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    asked = (tmp_path / "after/selection/edited.jsonl").read_text()
+    assert asked == (tmp_path / "without/selection/edited.jsonl").read_text(), "the seed fixes the errors"
+    base = json.loads((tmp_path / "after/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(tmp_path / "rewrite" / "model")

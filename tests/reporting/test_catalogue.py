@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from ftrun import registry
 from ftrun.config import recipes
 from ftrun.config.compose import load
 from ftrun.errors import ConfigError
@@ -20,7 +21,7 @@ def origins(overrides: list[str]) -> dict[str, str]:
     composed = load(overrides)
     return {
         value.key: value.origin
-        for _, values in sections(composed.settings, composed.recipe, overrides)
+        for _, values, _ in sections(composed.settings, composed.recipe, overrides)
         for value in values
     }
 
@@ -119,8 +120,21 @@ def test_show_prints_paper_differences_commands_and_every_knob(capsys: pytest.Ca
     recipe = recipes.find("qlora_sft")
     for text in ("https://arxiv.org/abs/2305.14314", recipe.fidelity, *recipe.differences, *recipe.usage):
         assert " ".join(text.split()) in printed
-    for _, values in sections(composed.settings, recipe, MIXED):
+    for _, values, _ in sections(composed.settings, recipe, MIXED):
         assert all(value.key in printed for value in values)
+
+
+def test_show_says_what_the_chosen_components_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """The paper's formula, the rule for rows of several answers, and which picker stands behind `own`."""
+    print_show(load(["recipe=tshirt"]), ["recipe=tshirt"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "S-IFD_j = exp(mean of d_t",
+        "A row with several answers gets the mean over its answers.",
+        "Here steady.",
+    ):
+        assert text in printed
+    assert registry.find("objective", "sft").doc.split(". ")[0] not in printed  # of the plainest choices nothing
 
 
 def test_show_without_a_recipe_and_with_notes(capsys: pytest.CaptureFixture[str]) -> None:

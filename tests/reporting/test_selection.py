@@ -175,3 +175,15 @@ def test_tables_of_many_methods_number_their_columns():
     assert table.count(">method_") == 0 and ">6 method_f<" in table and ">6</th>" in table
     few = str(pair_table(names[:3], np.eye(3), "in common", lambda i, j: ""))
     assert few.count(">method_a<") == 2
+
+
+def test_a_random_choice_of_no_row_is_a_dash(single, recwarn):
+    """One row longer than all that was picked may come first in the random order: then there is nothing to compare with."""
+    audit = pq.read_table(single / "selection/audit.parquet")
+    none = pa.array([False] * ROWS)
+    audit = audit.set_column(audit.column_names.index("random"), "random", none)
+    pq.write_table(audit, single / "selection/audit.parquet")
+    write_selection_report(single)
+    page = (single / "selection/report.html").read_text()
+    assert "of a random choice –" in page
+    assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]

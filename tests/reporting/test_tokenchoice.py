@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -76,6 +77,31 @@ def test_a_method_that_keeps_numbers(folder):
     assert "Heaviest tokens" in page and "<mark>" in page
 
 
+def test_shares_of_the_roles(folder):
+    file = folder / "selection/tokens.parquet"
+    roles = {"prompt": {"tokens": 40, "kept": 0, "weight": 0}, "answer": {"tokens": 8, "kept": 6, "weight": 6}}
+    parquet.write_table(parquet.read_table(file).replace_schema_metadata({"roles": json.dumps(roles)}), file)
+    page = "".join(choice_tables(Run(folder)))
+    for role, share in (("prompt", "0.0%"), ("answer", "75.0%")):
+        row = page[page.index(f"<td>{role}</td>") :]
+        assert share in row[: row.index("</tr>")]
+
+
+def test_the_heaviest_tokens_are_those_of_the_highest_weight(folder):
+    """Whatever their scores are: thresholds of a row of its own may drop a token that outscores kept ones."""
+    table = parquet.read_table(folder / "selection/tokens.parquet").to_pydict()
+    table["score"] = [-score for score in table["score"]]
+    parquet.write_table(pa.table(table), folder / "selection/tokens.parquet")
+    page = "".join(choice_tables(Run(folder)))
+    heaviest, lightest = page[page.index("Heaviest tokens") :].split("Lightest tokens")
+    shown = [
+        [weight == "1" for weight in re.findall(r"weight ([\d.]+) · score", part)] for part in (heaviest, lightest)
+    ]
+    kept = sum(map(bool, table["weight"]))
+    assert shown[0] == [True] * kept + [False] * (len(shown[0]) - kept)
+    assert not any(shown[1][: len(shown[1]) - kept])
+
+
 def test_no_choice_no_table(folder):
     table = parquet.read_table(folder / "selection/tokens.parquet").to_pydict()
     table["weight"] = [1.0] * len(table["weight"])
@@ -85,16 +111,20 @@ def test_no_choice_no_table(folder):
 
 def test_weights_over_the_steps(tmp_path):
     fact = {"tokens": 10, "kept": 5, "mean": 0.4}
+    example = {"factor": 0.9, "row": 7, "before": "the lazy", "token": " dog", "after": "\n"}
     lines = [
         {
             "step": step,
             **fact,
             "classes": dict.fromkeys(CLASSES[:2], fact),
             "parts": [fact] * 9 + [{"tokens": 0, "kept": 0, "mean": None}],
+            "heaviest": [example],
+            "lightest": [],
         }
         for step in (1, 2, 3)
     ]
     (tmp_path / "train").mkdir()
     (tmp_path / "train/token_weights.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = moved_section(Run(tmp_path))
-    assert page and "50.0% of the trained tokens" in page and "weight, word" in page and "weight, code" not in page
+    assert page and "Heaviest tokens of step 3" in page and "<mark> dog</mark>↵" in page and "Lightest" not in page
+    assert "50.0% of the trained tokens" in page and "weight, word" in page and "weight, code" not in page

@@ -7,11 +7,13 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ftrun import cli
 from ftrun.errors import ComponentError, ConfigError, DataError
 from ftrun.select import chooser
 from ftrun.select.base import Budget, Table
@@ -191,7 +193,16 @@ def test_a_row_is_one_line(pick, context):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"shown": 0}, {"options": 27}, {"shards": 0}, {"chooser_url": "http://localhost:1/v1"}]
+    "knobs",
+    [
+        {"shown": 0},
+        {"options": 27},
+        {"shards": 0},
+        {"timeout": 0.0},
+        {"retries": -1},
+        {"chooser_url": "http://localhost:1/v1"},
+    ],
+    ids=repr,
 )
 def test_impossible_knobs_are_refused(knobs):
     with pytest.raises(ConfigError):
@@ -217,6 +228,14 @@ def test_the_local_model_writes_greedily(context, bundle):
         if ids[-1] == bundle.tokenizer.eos_token_id:
             break
     assert answer == bundle.tokenizer.decode(ids[len(start) :], skip_special_tokens=True)
+
+
+def test_what_the_model_suggests_for_generation_does_not_count(context, bundle):
+    """Chat models come with a repetition penalty; the chooser writes the likeliest tokens all the same."""
+    plain = LocalChooser(context().scorer, 8).answer("yes yes yes", ["A"])
+    bundle.model.generation_config.repetition_penalty = 5.0
+    bundle.model.generation_config.no_repeat_ngram_size = 1
+    assert LocalChooser(context().scorer, 8).answer("yes yes yes", ["A"]) == plain
 
 
 def test_the_likeliest_letter_follows_the_opening_bracket(context, bundle):
@@ -370,3 +389,47 @@ def test_picking_through_a_server(server, pool, context):
     assert len(set(picked)) == 12 and len(server.seen) == 6
     second = {options(body["messages"][0]["content"])[1] for _, _, body in server.seen}
     assert second == set(picked[6:])
+
+
+def said(answer: str | None) -> tuple[int, Any]:
+    return 200, {"choices": [{"message": {"content": answer}}]}
+
+
+def choose(server, tiny_dir, rows_file, out, *more: str) -> int:
+    words = ["recipe=add_one_in", f"model.path={tiny_dir}", f"data.path={rows_file}", "budget=9", f"out={out}"]
+    knobs = {"shown": 3, "options": 4, "shards": 1, "chooser_url": server.url, "chooser_model": "big"}
+    return cli.entry(["select", *words, *(f"select.picker.{name}={value}" for name, value in knobs.items()), *more])
+
+
+def test_a_selection_through_a_server_that_errs(server, rows, tiny_dir, rows_file, tmp_path, monkeypatch, capsys):
+    """The command line against a server that is busy, evades, names what is not offered, and then answers."""
+    monkeypatch.setenv("FTRUN_CHOOSER_KEY", "secret")
+    waits: list[float] = []
+    monkeypatch.setattr(chooser, "time", SimpleNamespace(sleep=waits.append))
+    server.replies = [(429, "slow down"), said("I like them all"), said("[[Z]]"), said(None), said("[C] is new")]
+    server.replies += [(500, "oops"), said("[[B]] because")]
+    out = tmp_path / "run"
+    assert choose(server, tiny_dir, rows_file, out) == 0, capsys.readouterr().err
+    assert len(server.seen) == 2 + 3 + 6 and waits == [1, 1]  # busy, of no use, valid
+    assert {headers["Authorization"] for _, headers, _ in server.seen} == {"Bearer secret"}
+    asked = [body["messages"][0]["content"] for _, _, body in server.seen]
+    assert asked[0] == asked[1] and asked[5] == asked[6]  # a busy server gets the same question again
+    assert len(set(asked)) == 9  # after an answer of no use the rows are drawn anew
+    named = [
+        re.search(rf"^\[{letter}\] (.*)$", asked[turn], re.M)[1]
+        for turn, letter in ((4, "C"), *((turn, "B") for turn in range(6, 11)))
+    ]
+    chosen = [json.loads(line) for line in (out / "selection/selected.jsonl").read_text().splitlines()]
+    lines = [" ".join(f"{row['instruction']} {row['input']} {row['output']}".split()) for row in chosen]
+    assert len(chosen) == 9 and lines[3:] == named
+    assert "the chooser gave 9 answers, 3 of them invalid" in (out / "ftrun.log").read_text()
+    files = [file for file in out.rglob("*") if file.is_file()]
+    assert not [file for file in files if b"secret" in file.read_bytes()]  # the key is written nowhere
+
+
+def test_a_refusal_ends_the_selection_with_what_to_do(server, tiny_dir, rows_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FTRUN_CHOOSER_KEY", "wrong")
+    server.replies = [(403, "not you")]
+    assert choose(server, tiny_dir, rows_file, tmp_path / "run") == 5
+    printed = capsys.readouterr().err
+    assert "HTTP 403: not you" in printed and "FTRUN_CHOOSER_KEY" in printed and "Traceback" not in printed

@@ -10,7 +10,9 @@ from ftrun.select import cluster as clustering
 from ftrun.select.base import Budget, Table
 from ftrun.select.cluster import assign, cluster_rows, in_turns, places_within
 from ftrun.select.pickers.cluster_share import ClusterShare
+from ftrun.select.pickers.dac_iter import DacIter
 from ftrun.select.pickers.deft_ucs import DeftUcs
+from ftrun.select.pickers.first_chunk import FirstChunk
 from ftrun.select.pickers.kmeans_random import KMeansRandom
 from ftrun.select.pickers.kmq import Kmq
 from ftrun.select.pickers.own import Own
@@ -84,9 +86,19 @@ def test_centres_from_a_sample_cluster_all_rows(vectors, context, monkeypatch):
     assert len(pairs) == 4  # one label a cluster, although only 24 rows shaped the centres
 
 
-def test_no_cluster_is_refused(vectors, context):
-    with pytest.raises(ConfigError, match="at least one cluster"):
-        picks(KMeansRandom(clusters=0), table_of(vectors), context())
+@pytest.mark.parametrize("picker", [KMeansRandom, Kmq, ClusterShare, FirstChunk, DacIter])
+@pytest.mark.parametrize("knob", ["clusters", "iterations", "restarts"])
+def test_no_clustering_is_refused_before_anything_is_scored(picker, knob):
+    with pytest.raises(ConfigError, match=f"at least one {knob[:-1]}") as caught:
+        picker(**{knob: 0})
+    assert caught.value.where == f"select.picker.{knob}=0"
+
+
+@pytest.mark.parametrize(("picker", "knob"), [(Kmq, "temperature"), (ClusterShare, "ratio")])
+def test_knobs_of_a_draw_are_refused_before_anything_is_scored(picker, knob):
+    with pytest.raises(ConfigError, match="above 0") as caught:
+        picker(**{knob: 0})
+    assert caught.value.where == f"select.picker.{knob}=0"
 
 
 @pytest.mark.parametrize(
@@ -105,13 +117,25 @@ def test_the_order_of_the_pool_does_not_matter(picker, vectors, scores, context)
 # ---- kmq ----
 
 
+@pytest.mark.parametrize("picker", [Kmq, KMeansRandom])
 @pytest.mark.parametrize(
     ("budget", "expected"), [(4, [1, 1, 1, 1]), (12, [3, 3, 3, 3]), (20, [6, 6, 5, 3]), (40, SIZES)]
 )
-def test_kmq_takes_equal_shares(vectors, scores, context, budget, expected):
-    chosen = picks(Kmq(clusters=4), table_of(vectors, scores), context(), Budget(rows=budget))
+def test_clusters_give_equal_shares_and_the_budget_is_met(picker, vectors, scores, context, budget, expected):
+    chosen = picks(picker(clusters=4), table_of(vectors, scores), context(), Budget(rows=budget))
     assert len(set(chosen.tolist())) == budget
     assert np.bincount(Truth.cluster[chosen], minlength=4).tolist() == expected
+
+
+def test_kmeans_random_draws_every_row_of_a_cluster_as_often(vectors, context):
+    """Over many seeds; four standard deviations of a mean of draws."""
+    table, draws, found = table_of(vectors), 400, np.zeros(len(vectors))
+    for seed in range(draws):
+        found[picks(KMeansRandom(clusters=4, restarts=1), table, context(seed=seed), Budget(rows=12))] += 1
+    for number, size in enumerate(SIZES):
+        share = 3 / size
+        bound = 4 * np.sqrt(share * (1 - share) / draws)
+        assert (np.abs(found[Truth.cluster == number] / draws - share) <= bound).all()
 
 
 def test_kmq_draws_by_softmax_without_replacement(vectors, context):
@@ -135,8 +159,6 @@ def test_a_cold_kmq_takes_the_best_of_every_cluster(vectors, scores, context):
     chosen = picks(Kmq(clusters=4, temperature=1e-6), table_of(vectors, scores), context(), Budget(rows=8))
     best = [np.flatnonzero(Truth.cluster == c)[np.argsort(-scores[Truth.cluster == c])[:2]] for c in range(4)]
     assert set(chosen.tolist()) == set(np.concatenate(best).tolist())
-    with pytest.raises(ConfigError, match="above 0"):
-        picks(Kmq(temperature=0), table_of(vectors, scores), context())
 
 
 # ---- the best share of every cluster ----

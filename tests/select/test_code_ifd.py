@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ftrun.data.batches import micro_batches
+from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.select.base import Table
 from ftrun.select.scorers.code_ifd import CodeIfd
 from ftrun.select.texts import read_turns
@@ -48,3 +50,24 @@ def test_earlier_turns_are_questions_and_answers(make_pool, context, bundle):
     expected = "be brief\n\nQuestion:\none\n\nAnswer:\ntwo\n\nQuestion:\nthree\n\nAnswer:\n"
     assert turns.prompt[1] == bundle.tokenizer(expected, add_special_tokens=False).input_ids
     assert turns.answer_mark == []
+
+
+@pytest.mark.parametrize("more", [0, 7, 100])
+def test_packing_loses_no_token_and_no_row_is_too_long(more):
+    """Ids and weights of every sample stand together in one row of a batch, whatever the room beyond the longest."""
+    random = np.random.default_rng(more)
+    made = [
+        Sequence(random.integers(1, 9, n).astype(np.int32), random.integers(0, 2, n).astype(np.float32), number)
+        for number, n in enumerate(random.integers(2, 40, 30))
+    ]
+    table = TokenTable.from_sequences(made)
+    limit = int(table.lengths.max()) + more
+    found, rows = [], 0
+    for batch in micro_batches(table, np.arange(30), limit, True, 0):
+        assert batch.input_ids.shape[1] <= limit
+        rows += len(batch.input_ids)
+        for row, start, end in batch.spans():
+            found.append((batch.input_ids[row, start:end].tolist(), batch.loss_weight[row, start:end].tolist()))
+            assert batch.position_ids[row, start:end].tolist() == list(range(end - start))
+    assert rows < 30
+    assert sorted(found) == sorted((item.input_ids.tolist(), item.loss_weight.tolist()) for item in made)

@@ -166,9 +166,11 @@ def test_the_same_choice_however_it_is_batched_and_ordered(table, rows, make_poo
     assert sorted(picks[2]) == sorted(picks[0])
 
 
-def test_no_round_is_refused(table, context):
-    with pytest.raises(ConfigError, match="a round at least"):
-        DacIter(rounds=0).pick(table, np.arange(24), "", Budget(rows=3), context())
+@pytest.mark.parametrize("knob", ["rounds", "max_new_tokens", "epochs", "learning_rate", "batch_size", "r"])
+def test_impossible_knobs_are_refused(knob):
+    with pytest.raises(ConfigError, match=f"needs {knob} above 0") as caught:
+        DacIter(**{knob: 0})
+    assert caught.value.where == f"select.picker.{knob}=0"
 
 
 # ---- what rates answers ----

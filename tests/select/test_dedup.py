@@ -90,6 +90,14 @@ def test_vectors_against_all_pairs(monkeypatch):
     assert by_vectors(vectors, 0.95, print).tolist() == expected.tolist()
 
 
+def test_the_nearest_row_stands_for_a_copy_wherever_it_is(monkeypatch):
+    """Of two kept rows that are near enough, the second nearer and in the same block as the row that falls."""
+    monkeypatch.setattr(dedup, "BLOCK", 2)
+    angle = np.radians([0, 90, 20, 18])
+    vectors = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+    assert by_vectors(vectors, np.cos(np.radians(19)), print).tolist() == [-1, -1, -1, 2]
+
+
 @pytest.fixture
 def repeated(rows) -> list[dict[str, str]]:
     """24 different rows, a copy of one, and a copy of another in capitals."""

@@ -221,9 +221,9 @@ def test_several_processes_score_as_one(rows, make_pool, context, together):
         np.testing.assert_array_equal(found, alone)
 
 
-@pytest.mark.parametrize("knobs", [{"sample": 0}, {"max_length": 0}, {"others": -1}])
+@pytest.mark.parametrize("knobs", [{"sample": 0}, {"max_length": 0}, {"others": -1}, {"eta": -1.0}, {"nu": -0.5}])
 def test_impossible_knobs_are_refused(knobs):
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match=r"at least 1|must not be negative"):
         Delift(**knobs)
 
 

@@ -118,7 +118,7 @@ def test_row_means_have_unit_length():
     assert np.allclose(means[0], (pieces[0] + pieces[1]) / np.linalg.norm(pieces[0] + pieces[1]))
 
 
-@pytest.mark.parametrize("knobs", [{"epsilon": 0.0}, {"momentum": 2.0}, {"piece": 0}], ids=repr)
+@pytest.mark.parametrize("knobs", [{"epsilon": 0.0}, {"momentum": 2.0}, {"piece": 0}, {"iterations": 0}], ids=repr)
 def test_knobs_out_of_range(knobs, rows, make_pool, context):
     with pytest.raises(ConfigError, match="above 0"):
         GotD(**knobs).score(make_pool(rows), context(select="got_d"))

@@ -9,8 +9,9 @@ import pytest
 
 from ftrun.config.settings import DataConfig, SelectConfig
 from ftrun.errors import ComponentError, ConfigError, DataError
+from ftrun.select import incontext
 from ftrun.select.scorers import icon
-from ftrun.select.scorers.icon import Icon, label, random_text, squashed
+from ftrun.select.scorers.icon import Icon, first_difference, label, random_text, squashed
 
 
 @pytest.fixture
@@ -80,6 +81,43 @@ def test_random_text_as_demonstration_contributes_nothing(rows, assessed, monkey
     monkeypatch.setattr(icon, "random_text", lambda demonstration, test, seed: demonstration)
     found = Icon().contributions([(prompt_of(row), row["output"]) for row in rows[:3]], assessed(rows[10:12]))
     np.testing.assert_array_equal(found, 0)
+
+
+def test_demonstrations_are_made_block_by_block(rows, assessed, monkeypatch):
+    """Candidates times assessment rows of them never are in memory together, and the cut does not matter."""
+    candidates = [(prompt_of(row), row["output"]) for row in rows[:5]]
+    whole, encode, read = Icon().contributions(candidates, assessed(rows[10:13])), icon.encode, []
+
+    def counted(tokenizer, texts):
+        read.append(len(texts))
+        return encode(tokenizer, texts)
+
+    monkeypatch.setattr(icon, "encode", counted)
+    monkeypatch.setattr(incontext, "BLOCK_TOKENS", 1)
+    np.testing.assert_allclose(Icon().contributions(candidates, assessed(rows[10:13])), whole, atol=1e-4)
+    assert max(read) == 5 and read.count(3) == 5  # random texts of one candidate after the other
+
+
+def test_a_long_demonstration_is_cut_and_told(rows, assessed, perplexity, bundle):
+    test, row, ctx = rows[10], rows[5], assessed(rows[10:11])
+    found = Icon(version="icon_v1", demonstration_length=7).contributions([(prompt_of(row), row["output"])], ctx)
+    ids = bundle.tokenizer(text_of(row), add_special_tokens=False).input_ids[:7]
+    expected = perplexity(test) - perplexity(test, bundle.tokenizer.decode(ids))
+    assert found[0] == pytest.approx(expected, rel=1e-3, abs=1e-2)
+    assert "1 of 1 demonstrations are cut at 7 tokens" in ctx.report.console.file.getvalue()
+
+
+def test_rows_that_cannot_assess_are_told(rows, assessed):
+    ctx = assessed([*rows[10:12], {"instruction": "word " * 40, "input": "", "output": "yes"}])
+    Icon(max_length=60).contributions([(prompt_of(rows[0]), rows[0]["output"])], ctx)
+    said = " ".join(ctx.report.console.file.getvalue().split())
+    assert "1 rows of select.queries do not assess: no response, or over 60 tokens" in said
+    assert "1 candidates x 2 rows" in said
+
+
+def test_answers_are_told_apart_behind_a_common_blank():
+    assert first_difference([7, 8], [7, 9]) == [8, 9]
+    assert first_difference([5], [6, 1]) == [5, 6]
 
 
 def test_random_text_is_as_long_and_repeats():

@@ -216,7 +216,7 @@ def test_too_few_rows_are_refused(rows, make_pool, context):
         Igf(**FAST).score(make_pool(rows[:7]), context())
 
 
-@pytest.mark.parametrize("knobs", [{"probes": 3}, {"objective": 0}, {"learner_rate": 0.0}, {"learning_rate": -1.0}])
+@pytest.mark.parametrize("knobs", [{"probes": 3}, {"objective": 0}, {"learner_rate": 0.0}, {"clip": 0.0}])
 def test_impossible_knobs_are_refused(knobs):
     with pytest.raises(ConfigError, match=r"igf|must be above 0"):
         Igf(**knobs)

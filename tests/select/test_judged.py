@@ -140,6 +140,22 @@ def test_long_responses_are_cut_and_told(make_pool, context):
     assert "1 of 1 responses are rated up to" in ctx.report.console.file.getvalue()
 
 
+@pytest.mark.parametrize("knobs", [{"prompts": 0}, {"prompts": 6}, {"alpha": -0.1}], ids=repr)
+def test_selectit_refuses_what_it_cannot_ask(knobs):
+    with pytest.raises(ConfigError):
+        SelectIt(**knobs)
+
+
+def test_selectit_averages_over_the_answers_of_a_row(make_pool, context):
+    first = [{"role": "user", "content": "what is 1"}, {"role": "assistant", "content": "yes"}]
+    second = [{"role": "user", "content": "what is 2"}, {"role": "assistant", "content": "the lazy dog"}]
+    both = SelectIt(prompts=2).score(make_pool([{"messages": [*first, *second]}]), context())["selectit"]
+    asked = [{"prompt": "what is 1", "completion": "yes"}]
+    asked += [{"prompt": "what is 1\n\nyes\n\nwhat is 2", "completion": "the lazy dog"}]
+    apart = SelectIt(prompts=2).score(make_pool(asked), context())["selectit"]
+    assert both[0] == pytest.approx(apart.mean(), rel=1e-4)
+
+
 # ---- select2reason ----
 
 
@@ -215,6 +231,26 @@ def test_the_pass_rate_is_what_the_answers_score(make_pool, context, bundle):
         assert scores["difficulty"][row] == 1 - np.mean([check.score(answer) for answer in answers])
 
 
+def test_rows_that_no_rollout_can_be_checked_on_are_named(make_pool, context):
+    """A trace is no answer: nothing that the model writes would repeat it to the letter."""
+    rows = [{"prompt": "what is 1", "completion": "<think>one</think> 1"}]
+    rows += [{"prompt": "what is 2", "completion": "<think>two</think> 2", "answer": "2"}]
+    ctx = context()
+    scorer = Select2Reason(difficulty="pass_rate", rollouts=1, max_new_tokens=2)
+    scores = scorer.score(make_pool(rows), ctx)
+    assert np.isnan(scores["select2reason"]).tolist() == [True, False]
+    assert ctx.scorer.reasons == {0: "no verifier, and no answer to compare rollouts with"}
+
+
+def test_a_plan_counts_what_the_judge_reads_and_the_model_writes():
+    lengths = np.full(10, 30)
+    assert Select2Reason().planned_tokens(lengths) == 300
+    assert Select2Reason(difficulty="column").planned_tokens(lengths) == 0
+    asked = Select2Reason(difficulty="pass_rate", rollouts=4, max_new_tokens=100)
+    assert asked.planned_tokens(lengths) == 300 + 10 * 4 * 100
+    assert SelectIt(prompts=3).planned_tokens(lengths) == 900
+
+
 def test_rollouts_do_not_depend_on_company(context, bundle):
     prompts = [ids(bundle, "what is 1"), ids(bundle, "the quick brown fox"), ids(bundle, "no")]
     together = rollouts(prompts, 2, 5, 1.0, context())
@@ -229,8 +265,16 @@ def test_a_missing_or_wrong_difficulty_is_named(make_pool, context):
     ctx = context()
     scores = Select2Reason(difficulty="column", field="level").score(make_pool(rows), ctx)
     assert np.isnan(scores["select2reason"][0]) and ctx.scorer.reasons == {0: 'no field "level"'}
-    rows[0]["level"] = "hard"
-    with pytest.raises(DataError, match="no number"):
-        Select2Reason(difficulty="column", field="level").score(make_pool(rows), context())
-    with pytest.raises(ConfigError):
-        Select2Reason(w=1.5)
+    for wrong in ("hard", "nan", [1]):
+        rows[0]["level"] = wrong
+        with pytest.raises(DataError, match="no number"):
+            Select2Reason(difficulty="column", field="level").score(make_pool(rows), context())
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"w": 1.5}, {"rollouts": 0}, {"max_new_tokens": 0}, {"max_length": 0}, {"temperature": -1.0}], ids=repr
+)
+def test_select2reason_names_the_knob_that_is_wrong(knobs):
+    with pytest.raises(ConfigError) as error:
+        Select2Reason(**knobs)
+    assert error.value.where.startswith(f"select.{next(iter(knobs))}=")

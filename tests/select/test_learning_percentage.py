@@ -103,9 +103,16 @@ def test_scores_do_not_depend_on_the_order_of_the_rows(rows, make_pool, context,
         np.testing.assert_array_equal(plain[name][order], mixed[name])
 
 
-def test_one_epoch_of_one_is_refused(rows, make_pool, context):
+def test_one_epoch_of_one_is_refused():
     with pytest.raises(ConfigError, match="nothing left to learn"):
-        LearningPercentage(epochs=1).score(make_pool(rows), context())
+        LearningPercentage(epochs=1)
+    assert LearningPercentage(form="approximate", epochs=1).trained_epochs == 1
+
+
+@pytest.mark.parametrize("knob", ["epochs", "max_length", "learning_rate", "batch_size", "r"])
+def test_impossible_knobs_are_refused(knob):
+    with pytest.raises(ConfigError, match=rf"select\.{knob} must be above 0"):
+        LearningPercentage(**{knob: 0})
 
 
 # ---- the picker ----

@@ -68,6 +68,33 @@ def test_projection_keeps_inner_products_in_expectation():
     assert abs(np.mean(products) - exact) < 4 * spread
 
 
+def test_signs_are_scrambled_numbers():
+    """splitmix64 in whole numbers without bounds, cut to 64 bits."""
+    whole = 2**64
+
+    def plain(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % whole
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % whole
+        return z ^ (z >> 31)
+
+    numbers = [0, 1, 5, -3, 2**62 + 12345, -(2**63)]
+    assert [z % whole for z in gradients.scrambled(torch.tensor(numbers)).tolist()] == [
+        plain(z % whole) for z in numbers
+    ]
+    signs = Projection(128, seed=7).signs(3, 2).flatten()
+    for word in range(4):
+        scrambled = plain(((3 << 32) + word + 1) * 0x9E3779B97F4A7C15 + plain(7) & (whole - 1))
+        bits = [byte >> place & 1 for byte in scrambled.to_bytes(8, "little") for place in range(7, -1, -1)]
+        assert signs[64 * word : 64 * word + 64].tolist() == [2.0 * bit - 1 for bit in bits]
+
+
+def test_signs_are_alike_nowhere():
+    """Rows, columns, blocks and seeds of the matrix agree in half of their signs."""
+    signs = Projection(512, seed=0).signs(0, 512)
+    others = (signs.roll(1, 0), signs.roll(1, 1), Projection(512, 0).signs(1, 512), Projection(512, 1).signs(0, 512))
+    assert all(abs(float((signs * other).mean())) < 5 / 512 for other in (torch.ones(1), *others))
+
+
 def test_projected_rows_do_not_depend_on_each_other():
     rows = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 501)).astype(np.float32))
     projection = Projection(32, seed=0)

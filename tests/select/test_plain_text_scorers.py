@@ -86,6 +86,12 @@ def test_zip_picks_as_the_three_stages_say(rows, make_pool, context, first, seco
     assert picker.pick(table, everyone, "", Budget(tokens=10 * budget + 9), context()).tolist() == expected
 
 
+@pytest.mark.parametrize("knobs", [{"first": 0}, {"second": 0}, {"third": -1}], ids=repr)
+def test_a_stage_that_lets_nothing_through_is_refused(knobs):
+    with pytest.raises(ConfigError, match="at least 1"):
+        ZipPicker(**knobs)
+
+
 def test_zip_says_beforehand_when_it_takes_long(make_pool, context, rows):
     ctx = context()
     ZipPicker()._announce(Table({}, np.ones(1, np.int64)), 1_000_000, Budget(rows=50_000), ctx)
@@ -160,6 +166,8 @@ def test_long_rows_that_keep_to_their_length_and_some_general_ones(make_pool, co
     table = Table(scores, np.ones(len(pool), np.int64))
     kept = scorer.keep(table)
     assert kept[:4].tolist() == [True, False, False, True] and kept[4:].sum() == 2 * 3
+    said = " ".join(ctx.report.console.file.getvalue().split())
+    assert "2 of 3 rows that state a length keep it; 6 general rows come with them" in said and "wanted" not in said
     np.testing.assert_allclose(
         scores["length_score"][[0, 1, 3]], [100, 100 * (1 - 0.65 / 3), 100 * (1 - (28 / 72) / 2)]
     )
@@ -188,3 +196,12 @@ def test_a_pool_without_stated_lengths_is_told(make_pool, context, rows):
     scores = scorer.score(pool, ctx)
     assert not scorer.keep(Table(scores, np.ones(len(pool), np.int64))).any()
     assert "no row states a length" in ctx.report.console.file.getvalue()
+
+
+def test_too_few_general_rows_are_told(make_pool, context):
+    ctx, scorer = context(), LongOutputMin()
+    scores = scorer.score(make_pool(make_rows()), ctx)
+    assert scorer.keep(Table(scores, np.ones(34, np.int64))).sum() == 2 + 30
+    assert "30 general rows come with them of 40 wanted" in " ".join(ctx.report.console.file.getvalue().split())
+    with pytest.raises(ConfigError, match="not be negative"):
+        LongOutputMin(general=-1)

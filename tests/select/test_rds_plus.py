@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from ftrun.select.pickers.round_robin import RoundRobin
 from ftrun.select.pickers.top_k import TopK
 from ftrun.select.run import _budget
 from ftrun.select.scorers.embedding_similarity import EmbeddingSimilarity
-from ftrun.select.scorers.rds_plus import RdsPlus
+from ftrun.select.scorers.rds_plus import RdsPlus, weighted_mean_states
 
 CHAT = [
     {"role": "system", "content": "the dog"},
@@ -34,6 +36,15 @@ def plain_embedding(bundle, ids: list[int]) -> np.ndarray:
         total += place * state
     total /= sum(range(1, len(ids) + 1))
     return total / np.linalg.norm(total)
+
+
+def test_weights_rise_evenly_and_sum_to_one():
+    """States that name their place make the mean show the weights; two texts in one row, padding at its end."""
+    bundle = SimpleNamespace(model=None, architecture=SimpleNamespace(hidden_states=lambda *_: torch.eye(7)[None]))
+    batch = SimpleNamespace(sequence=torch.tensor([[0, 0, 0, 0, 1, 1, -1]]), sequences=2)
+    first, second = weighted_mean_states(bundle, batch)
+    assert first == pytest.approx([0.1, 0.2, 0.3, 0.4, 0, 0, 0])
+    assert second == pytest.approx([0, 0, 0, 0, 1 / 3, 2 / 3, 0])
 
 
 def test_similarities_against_a_plain_loop(rows, make_pool, context, queries, bundle):
@@ -141,6 +152,11 @@ def test_rows_without_text(rows, make_pool, context, queries):
     assert known.tolist() == [False, True] and ctx.scorer.reasons == {0: "no text"}
     with pytest.raises(DataError, match=r"queries0.jsonl:2"):
         nearest.split_scored(vectors[[1, 2, 3, 0]], pool, loaded, "no text", ctx)
+
+
+def test_a_length_without_tokens_is_refused():
+    with pytest.raises(ConfigError, match="max_length must be above 0"):
+        RdsPlus(max_length=-5)
 
 
 def test_without_queries(rows, make_pool, context):

@@ -321,6 +321,8 @@ def test_knobs_out_of_range(knobs, context):
     for kind in (KnnUniform, KnnKde):
         with pytest.raises(ConfigError):
             pick(kind(**knobs), made(), context(), 3)
+    with pytest.raises(ConfigError, match="kde_neighbours"):
+        pick(KnnKde(kde_neighbours=0), made(), context(), 3)
     with pytest.raises(ConfigError, match="epsilon"):
         pick(Uot(epsilon=0), made(), context(), 3)
 

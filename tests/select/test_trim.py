@@ -13,6 +13,7 @@ from ftrun.config.settings import DataConfig, SelectConfig
 from ftrun.data.batches import collate
 from ftrun.errors import ConfigError
 from ftrun.models.attention import states_and_maps
+from ftrun.select.inner import InnerTraining
 from ftrun.select.scorers.trim import Trim, received, saliency, sharpness
 from ftrun.select.scoring import segments
 
@@ -236,6 +237,23 @@ def test_scores_do_not_depend_on_order_batch_or_processes(rows, make_pool, targe
         np.testing.assert_allclose(found, plain, atol=1e-6)
 
 
+def test_the_model_learns_a_share_of_the_pool_first(rows, make_pool, targeted, bundle, monkeypatch):
+    pool, trained = make_pool(rows), []
+    before = {name: value.clone() for name, value in bundle.model.state_dict().items()}
+    plain = InnerTraining.run
+
+    def watched(self, table, ctx, title=""):
+        trained.append(table.record.tolist())
+        yield from plain(self, table, ctx, title)
+
+    monkeypatch.setattr(InnerTraining, "run", watched)
+    cold = Trim(warmup=0).score(pool, targeted(rows[:3]))["trim"]
+    warm = Trim(warmup=0.25, warmup_learning_rate=1e-2).score(pool, targeted(rows[:3]))["trim"]
+    assert len(trained) == 1 and len(set(trained[0])) == 6
+    assert np.abs(warm - cold).max() > 1e-4
+    assert all(torch.equal(value, before[name]) for name, value in bundle.model.state_dict().items())
+
+
 def test_several_answers_count_by_their_mean(make_pool, targeted, bundle, rows):
     turns = [("user", "what is 1"), ("assistant", "that is 1"), ("user", "what is 2"), ("assistant", "yes that is 2")]
     talk = {"messages": [{"role": role, "content": content} for role, content in turns]}
@@ -247,7 +265,7 @@ def test_several_answers_count_by_their_mean(make_pool, targeted, bundle, rows):
     assert scores[0] == pytest.approx(scores[1:].mean(), abs=1e-6)
 
 
-@pytest.mark.parametrize("knobs", [{"layers": 0}, {"penalty": 2.0}, {"warmup": -0.1}])
+@pytest.mark.parametrize("knobs", [{"layers": 0}, {"penalty": 2.0}, {"warmup": -0.1}, {"warmup_learning_rate": 0.0}])
 def test_impossible_knobs_are_refused(knobs):
     with pytest.raises(ConfigError):
         Trim(**knobs)

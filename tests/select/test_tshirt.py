@@ -218,6 +218,6 @@ def test_rows_on_disk_leave_nothing(tmp_path):
 
 
 def test_useless_knobs_are_refused():
-    for knobs in ({"copies": 0}, {"k": 101.0}):
+    for knobs in ({"copies": 0}, {"k": 101.0}, {"max_length": 0}):
         with pytest.raises(ConfigError):
             Tshirt(**knobs)

@@ -17,6 +17,7 @@ CASES = {
         "select.learning_rate=1e-2",
         "select.lora_dropout=0",  # what is dropped is drawn by process
     ],
+    "ifd": ["select.warmup=8", "select.warmup_clusters=4", "select.warmup_learning_rate=1e-2"],
     "igf": ["objective=sft", "data.max_length=128", "select.learner_rate=1e-2", "select.probes=12"],
 }
 

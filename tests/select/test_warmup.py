@@ -17,7 +17,7 @@ from ftrun.select.warmup import strided, warmup_rows
 WARM = {"warmup": 8, "warmup_clusters": 4, "warmup_learning_rate": 1e-2, "warmup_epochs": 2}
 
 
-@pytest.mark.parametrize("count", [1, 3, 10, 500])
+@pytest.mark.parametrize("count", [1, 3, 10, 80])
 def test_an_even_stride_between_the_percentiles(count):
     loss = np.random.default_rng(0).normal(size=101)
     found = strided(loss, count, [25, 75])
@@ -26,6 +26,11 @@ def test_an_even_stride_between_the_percentiles(count):
     assert len(found) == min(count, 51) and set(found.tolist()) <= set(within)
     gaps = np.diff([within.index(place) for place in found.tolist()])
     assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+def test_a_cluster_with_too_few_rows_gives_them_all():
+    assert strided(np.array([3.0, 1.0, 2.0]), 4, [25, 75]).tolist() == [0, 1, 2]
+    assert strided(np.array([3.0, 1.0, 2.0]), 3, [25, 75]).tolist() == [2]
 
 
 def test_every_cluster_gives_the_same_number(rows, make_pool, context, monkeypatch):
@@ -68,10 +73,27 @@ def test_the_order_of_the_rows_does_not_matter(rows, make_pool, context, bundle)
     np.testing.assert_array_equal(plain["ifd"][order], mixed["ifd"])
 
 
+def test_a_prompt_that_the_model_cannot_read_is_no_candidate(rows, make_pool, context, bundle):
+    """It has no score, and the others have theirs."""
+    speed_up(bundle.model)
+    ctx = context()
+    long = {"instruction": "word " * 2 * bundle.context_length, "output": "yes no"}
+    found = Ifd(**WARM).score(make_pool([*rows, long]), ctx)["ifd"]
+    assert np.isnan(found).tolist() == [False] * 24 + [True]
+    assert ctx.scorer.reasons == {24: "the prompt fills max_length=512"}
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
-    [({"warmup": 50}, "less than one for each"), ({"warmup_percentiles": [75, 25]}, "percentiles")],
+    [
+        ({"warmup": 50}, "less than one for each"),
+        ({"warmup": -1}, "warmup must be above 0"),
+        ({"warmup_clusters": 0}, "warmup_clusters must be above 0"),
+        ({"warmup_learning_rate": 0.0}, "warmup_learning_rate must be above 0"),
+        ({"warmup_percentiles": [75, 25]}, "percentiles"),
+        ({"max_length": 0}, "max_length must be above 0"),
+    ],
 )
-def test_knobs_that_make_no_sense_are_refused(rows, make_pool, context, knobs, message):
+def test_knobs_that_make_no_sense_are_refused(knobs, message):
     with pytest.raises(ConfigError, match=message):
-        Ifd(**{"warmup": 200, **knobs}).score(make_pool(rows), context())
+        Ifd(**{"warmup": 200, **knobs})

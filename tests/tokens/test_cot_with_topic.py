@@ -82,12 +82,32 @@ def test_answers_and_options_come_in_several_shapes(answer, options, letters, co
         ({"answer": 5}, "3 options"),
         ({"options": 3}, "no list of up to 26"),
         ({"options": ["x"] * 27}, "no list of up to 26"),
+        ({"options": {"text": ["x", "y"], "label": ["A", "B"]}}, "no list of up to 26"),
+        ({"options": [{"A": "x"}, {"B": "y"}]}, "no list of up to 26"),
         ({"topic": " "}, 'no text in the column "topic"'),
     ],
 )
 def test_rows_that_lack_something_are_refused(changes, message, context):
     with pytest.raises(DataError, match=message):
         form("topic_cot", context, **changes)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [(), ("user", "assistant", "user"), ("assistant", "user"), ("user", "user"), ("system",)],
+)
+def test_rows_of_several_turns_or_none_are_refused(before, context):
+    """Nothing of a conversation is left out in silence."""
+    turns = (*(Message(role, "said") for role in before), Message("assistant", "Counting."))
+    with pytest.raises(DataError, match="row 0 is not one question"):
+        list(CotWithTopic().edit([replace(record(), messages=turns)], context()))
+
+
+def test_a_system_prompt_stays(context):
+    turns = (Message("system", "be brief"), *record().messages)
+    [line] = CotWithTopic().edit([replace(record(), messages=turns)], context())
+    assert [turn["role"] for turn in line["messages"]] == ["system", "user", "assistant"]
+    assert line["messages"][0]["content"] == "be brief"
 
 
 @pytest.mark.parametrize("knobs", [{"keyword": " "}, {"ask": "{question}"}, {"ask": "{"}])

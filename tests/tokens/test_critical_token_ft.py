@@ -196,6 +196,37 @@ def test_some_positions_only(checked, ready):
     assert ctx.facts["critical_tokens"]["tested"] == tested.sum() < ctx.facts["critical_tokens"]["positions"]
 
 
+def test_positions_without_room_for_a_continuation_are_not_tested(bundle, checked, ready):
+    """They would count as unfinished, which is wrong, and so as critical."""
+    checked(lambda text: 1.0)
+    policy = CriticalTokenFt(max_new_tokens=LONGEST)
+    ctx, table = ready(policy)
+    checked(lambda text: 0.0)
+    scores, _ = policy.precompute(table, ctx)
+    position = np.arange(len(scores)) - np.repeat(table.offsets[:-1], table.lengths)
+    room = int(np.median(position[scores == 1]))
+    ctx.bundle = replace(bundle, context_length=room + LONGEST)
+    fewer, _ = policy.precompute(table, ctx)
+    np.testing.assert_array_equal(~np.isnan(fewer), ~np.isnan(scores) & (position + 1 <= room))
+    assert 0 < np.nansum(fewer) < np.nansum(scores)
+    ctx.bundle = bundle
+    with pytest.raises(DataError, match="no answer token to test"):
+        CriticalTokenFt(max_new_tokens=bundle.context_length - 1).precompute(table, ctx)
+
+
+def test_weights_of_the_table_are_multiplied(bundle, checked, ready):
+    """What another method has left out stays out, whatever hangs on it."""
+    checked(lambda text: 1.0)
+    policy = CriticalTokenFt(max_new_tokens=LONGEST)
+    ctx, table = ready(policy)
+    checked(lambda text: 0.0)
+    before = np.where(np.arange(len(table.input_ids)) % 3, 0.5 * np.asarray(table.loss_weight), 0)
+    _, whole = policy.precompute(table, ctx)
+    _, found = policy.precompute(table.with_weights(before), ctx)
+    np.testing.assert_array_equal(found, whole * before.astype(np.float32))
+    assert 0 < (found > 0).sum() < (whole > 0).sum()
+
+
 def test_work_that_was_done_is_not_done_again(bundle, chatty, checked, ready, monkeypatch):
     """Killed between two alternatives, the first one is read from disk."""
     checked(odd)

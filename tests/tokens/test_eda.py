@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
 
+import ftrun
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError
 from ftrun.tokens.eda import OPERATIONS, Eda, Synonyms
@@ -56,6 +58,12 @@ def test_deletion_leaves_the_rest_in_order(synonyms, seed):
     left = after("deletion", synonyms, seed, alpha=0.4).split()
     words = iter(WORDS)
     assert all(word in words for word in left) and "12" in left
+
+
+def test_deletion_leaves_no_blank_where_the_first_word_was(synonyms):
+    texts = [after("deletion", synonyms, seed, alpha=0.7) for seed in range(20)]
+    assert any(not text.startswith("the") for text in texts)
+    assert all(text == text.lstrip() for text in texts)
 
 
 def test_deletion_takes_each_word_with_probability_alpha(synonyms):
@@ -141,3 +149,19 @@ def test_bad_knobs_and_rows_are_refused(context):
             Eda(**knobs)
     with pytest.raises(ConfigError, match="row 4 has neither"):
         list(Eda(operations=["swap"]).edit([Record(4, "text", text="a b")], context()))
+
+
+def test_held_out_rows_stay_as_they_are(tiny_encoder_dir, labels_file, tmp_path):
+    """What is evaluated is the same with and without copies, and no copy is of a held-out row."""
+    words = ["recipe=augment_peft", f"model.path={tiny_encoder_dir}", f"data.path={labels_file}"]
+    words += ["data.heldout=0.3", "train.max_steps=1", "train.batch_size=4"]
+    judged = []
+    for name, more in (("with", "tokens.alpha=0.5"), ("without", "tokens=none")):
+        ftrun.run("train", overrides=[*words, more, f"out={tmp_path / name}"])
+        lines = (tmp_path / name / "eval/predictions/classification.jsonl").read_text().splitlines()
+        judged.append([(line["id"], line["gold"]) for line in map(json.loads, lines)])
+    assert judged[0] == judged[1] and judged[0]
+    edited = [json.loads(line) for line in (tmp_path / "with/selection/edited.jsonl").read_text().splitlines()]
+    assert any("augmentation" in row for row in edited)
+    assert not {row["row"] for row in edited} & {id for id, _ in judged[0]}
+    assert not list((tmp_path / "with/selection").glob("*heldout*"))

@@ -15,6 +15,7 @@ from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
+from ftrun.models.architecture import Architecture
 from ftrun.objectives.sft import Sft
 from ftrun.tokens.fait import Fait, changed_characters, differences
 from ftrun.training.view import StepView
@@ -185,6 +186,25 @@ def test_the_cut_and_packing_do_not_matter(way, prepared, bundle):
     for row in whole:
         np.testing.assert_allclose(whole[row], cut[row], rtol=1e-5)
     assert (whole[0] > 1).any()
+
+
+def test_wrong_answers_share_batches_no_larger_than_those_of_the_right_ones(prepared, bundle, monkeypatch):
+    long = ("return 1", "return 2\n" + "print(a)\n" * 20)
+    policy, table = prepared([*PAIRS, long, *PAIRS])
+    (view,) = views(bundle, table)
+    sizes, hidden_states = [], Architecture.hidden_states
+
+    def kept(self, model, batch):
+        sizes.append(tuple(batch.input_ids.shape))
+        return hidden_states(self, model, batch)
+
+    monkeypatch.setattr(Architecture, "hidden_states", kept)
+    together = policy._wrong_nll(view)
+    assert 1 < len(sizes) < torch.isfinite(together).sum()
+    assert all(rows == 1 or rows * time <= view.batch.input_ids.numel() for rows, time in sizes)
+    alone = {int(v.batch.table_index): policy._wrong_nll(v) for v in views(bundle, table, batch_tokens=1)}
+    expected = torch.cat([alone[row] for row in view.batch.table_index.tolist()])
+    torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_alpha_zero_is_plain_training(prepared, bundle):

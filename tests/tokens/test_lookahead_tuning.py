@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import ftrun
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError
 from ftrun.tokens.lookahead_tuning import LookaheadTuning, beginning
@@ -67,6 +68,22 @@ def test_every_trained_turn_is_shown(context):
     ]
     ctx.settings.data.train_on = "last_response"
     assert edited(LookaheadTuning(m=9), [conversation], ctx)[0][:2] == ["a", "the dog"]
+
+
+def test_with_the_last_response_trained_no_other_is_shown(context):
+    ctx = context()
+    ctx.settings.data.train_on = "last_response"
+    turns = [("user", "a"), ("assistant", "f()"), ("tool", "7"), ("assistant", "seven")]
+    [line] = LookaheadTuning().edit([Record(0, "sft", messages=tuple(Message(*turn) for turn in turns))], ctx)
+    assert [(turn["role"], turn["content"]) for turn in line["messages"]] == turns
+    assert "1 rows have no trained answer" in ctx.report.warnings[0]
+
+
+def test_held_out_rows_are_not_edited(tiny_dir, rows_file, tmp_path):
+    out = tmp_path / "run"
+    words = ["recipe=lookahead_tuning", f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={out}", "eval=[]"]
+    ftrun.run("train", overrides=[*words, "train.max_steps=1", "train.batch_size=4", "data.max_length=256"])
+    assert [file.name for file in (out / "selection").glob("*.jsonl")] == ["edited.jsonl"]
 
 
 def test_an_answer_to_a_tool_is_counted_and_left(context):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,3 +239,17 @@ def test_adapters_train_with_checkpointed_activations(tiny_dir, rows_file, tmp_p
     more = ("adapter=lora", "train.gradient_checkpointing=true", "tokens=mft")
     _, losses = run(tiny_dir, rows_file, tmp_path / "lora", *more)
     assert np.isfinite(losses).all()
+
+
+@pytest.mark.slow
+def test_two_processes_hide_what_one_hides(tiny_dir, rows_file, tmp_path):
+    losses = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        words = ["recipe=sft", f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={out}", *QUICK, "eval=[]"]
+        words += ["tokens=mft", "tokens.replace_rate=0.5", "launch.threads=1", f"launch.processes={processes}"]
+        done = subprocess.run([sys.executable, "-m", "ftrun", "train", *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (out / "train/metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-5)

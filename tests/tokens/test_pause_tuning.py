@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
+import ftrun
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
@@ -59,6 +62,18 @@ def test_generation_sees_the_prompt_of_training(context):
     asked = policy.edit_prompt(prompt)
     assert [m.content for m in asked.messages] == edited(policy, record, context())[:-1]
     assert policy.edit_prompt(asked) == asked
+
+
+def test_an_untrained_model_can_be_asked_with_pauses_and_a_line_that_explains_them(tiny_dir, tmp_path):
+    """The two baselines in the recipe's header."""
+    file = tmp_path / "essays.jsonl"
+    file.write_text("".join(json.dumps({"instruction": f"a [1] b {n}", "output": "b"}) + "\n" for n in range(3)))
+    more = [f"model.path={tiny_dir}", f"data.path={file}", f"out={tmp_path / 'run'}", "eval=[heldout]"]
+    ftrun.run("eval", overrides=["recipe=pause_tuning", *more, "data.system=Stop at each <PAUSE>."])
+    (asked,) = (tmp_path / "run/selection").glob("*.jsonl")
+    for n, line in enumerate(asked.read_text().splitlines()):
+        contents = [turn["content"] for turn in json.loads(line)["messages"]]
+        assert contents == ["Stop at each <PAUSE>.", f"a [1] <PAUSE>  b {n}", "b"]
 
 
 def test_rows_with_pauses_of_their_own_and_rows_without_any_are_said(context):

@@ -153,9 +153,9 @@ def test_ranks_count_in_groups():
     assert ranks(group, values).tolist() == [1, 0, 2, 0, 1]
 
 
-@pytest.mark.parametrize("knobs", [{"r_sample": 0}, {"r_token": 1.5}])
+@pytest.mark.parametrize("knobs", [{"r_sample": 0}, {"r_token": 1.5}, {"smoothing": 1.5}, {"smoothing": -0.1}])
 def test_shares_are_shares(knobs):
-    with pytest.raises(ConfigError, match="share above 0"):
+    with pytest.raises(ConfigError, match=r"share above 0|between 0 and 1"):
         QTuning(**knobs)
 
 

@@ -87,5 +87,25 @@ def test_a_run_takes_the_weights_of_another(tiny_dir, reference_dir, rows_file, 
         name: [json.loads(line)["loss"] for line in (tmp_path / name / "train/metrics.jsonl").open()] for name in "abcd"
     }
     assert losses["a"] == losses["b"] == losses["c"] and losses["a"] != losses["d"]
-    with pytest.raises(FtrunError, match="not for these tokens"):
+    with pytest.raises(FtrunError, match=r"not for these tokens: row . differs, and so does the template"):
         run(tiny_dir, rows_file, tmp_path / "e", f"tokens.from={tmp_path / 'a'}", "model.template=alpaca")
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows_file.read_text().replace("plus", "less"))
+    with pytest.raises(FtrunError, match=r"not for these tokens: row . differs, and so does the data"):
+        run(tiny_dir, other, tmp_path / "f", f"tokens.from={tmp_path / 'a'}")
+
+
+def test_what_the_other_run_did_not_remember_is_made(tiny_dir, reference_dir, rows_file, tmp_path):
+    """Weights come from there; a method that remembers asks its model here, whatever else was remembered there."""
+    pear = [f"tokens.pear.behaviour={reference_dir}"]
+    forget = [f"tokens.forgetting_sft.reference={reference_dir}"]
+    run(tiny_dir, rows_file, tmp_path / "a", "tokens=forgetting_sft", f"tokens.reference={reference_dir}")
+    taken = f"tokens.from={tmp_path / 'a'}"
+    run(tiny_dir, rows_file, tmp_path / "b", "tokens=[forgetting_sft,pear]", *forget, *pear, taken)
+    run(tiny_dir, rows_file, tmp_path / "c", "tokens=[forgetting_sft,pear]", *forget, *pear)
+    assert pq.read_table(tmp_path / "b/selection/tokens.parquet").equals(
+        pq.read_table(tmp_path / "c/selection/tokens.parquet")
+    )
+    with pytest.raises(ConfigError, match="made by forgetting_sft, not by token_cleaning"):
+        both = ["tokens=[forgetting_sft,token_cleaning]", f"tokens.token_cleaning.reference={reference_dir}"]
+        run(tiny_dir, rows_file, tmp_path / "d", *both, *forget, taken)

@@ -122,6 +122,15 @@ def test_classes_come_from_a_model_that_learned_shuffled_rows(table, context):
     assert "6 shuffled rows" in ctx.report.warnings[0]
 
 
+def test_only_rows_with_a_prompt_are_dealt(table):
+    """Not one that is trained from its second token on, not a piece that goes on with the row before."""
+    ids, ones = np.arange(30, 36, dtype=np.int32), np.ones(6, np.float32)
+    more = [Sequence(ids, ones, 7), Sequence(ids, np.r_[0, ones[1:]], 8), Sequence(ids, np.r_[0, 0, ones[2:]], 8)]
+    more += [Sequence(ids[:2], np.zeros(2, np.float32), 9), Sequence(ids, np.r_[0, 0, ones[2:]], 10)]
+    mixed = TokenTable.from_sequences([*(table.sequence(row) for row in range(12)), *more])
+    assert with_prompts(mixed).record.tolist() == [*range(100, 112), 10]
+
+
 def test_rows_without_a_prompt_are_refused():
     plain = TokenTable.from_sequences([Sequence(np.arange(5, dtype=np.int32), np.ones(5, np.float32), 0)])
     with pytest.raises(DataError, match="no row has a prompt"):

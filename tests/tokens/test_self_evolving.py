@@ -160,6 +160,19 @@ def test_wrong_knobs_are_refused(table, context):
         TokenCleaning(mode="self_evolving", rounds=13).precompute(table, context())
 
 
+def test_rows_that_another_method_leaves_out_are_refused(table, context):
+    """Its scores lie by the places of all tokens."""
+
+    class Left:
+        def __init__(self, rows):
+            self.table, self.ctx, self.plan = rows, context("token_cleaning"), Plan.of(len(rows), 2, 1.0, None, 0)
+
+    policy = TokenCleaning(mode="self_evolving", rounds=2)
+    policy.precompute(table, context("token_cleaning"))
+    with pytest.raises(ConfigError, match="leaves some of them out"):
+        policy.before_step(0, Left(table.rows(np.arange(11))))  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(tiny_dir, rows_file, tmp_path):
     for out, processes in (("one", 1), ("two", 2)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from ftrun.config.compose import load
 from ftrun.config.saved import settings_from
 from ftrun.data.batches import micro_batches
 from ftrun.errors import ConfigError
+from ftrun.objectives.sft import Sft
 from ftrun.tokens.base import TokenPolicy
 from ftrun.tokens.q_tuning import QTuning
+from ftrun.tokens.run import run_tokens
 from ftrun.tokens.several import Several
 from ftrun.tokens.talr import Talr
 from ftrun.training.view import StepView
@@ -48,6 +51,32 @@ def test_factors_are_multiplied_and_each_gets_its_own_statistics(bundle, table):
                 view.step_statistics = statistics
                 expected.append(policy.weigh(view))
             torch.testing.assert_close(product, expected[0] * expected[1])
+
+
+def test_static_weights_multiply_dynamic_ones(table, reference_dir, context, make_views, factors_of, plain_losses):
+    """Cleaning, then TALR over what it keeps, in plain numpy."""
+    from transformers import AutoModelForCausalLM
+
+    knobs = {"token_cleaning": {"reference": str(reference_dir), "k": 0.5}, "talr": {}}
+    ctx = context("token_cleaning+talr", knobs)
+    policy = ctx.settings.component("tokens")
+    views = make_views(run_tokens(policy, table, ctx))
+    factors_of(policy, views)
+    found = sum(float(Sft().loss(view).value.detach()) for view in views) / sum(
+        Sft().count(view.batch) for view in views
+    )
+
+    nll = plain_losses(table)
+    reference = plain_losses(table, AutoModelForCausalLM.from_pretrained(reference_dir).eval())
+    score = np.concatenate([nll[row] - reference[row] for row in nll])
+    kept = np.zeros(len(score), bool)
+    kept[np.argsort(-score, kind="stable")[: int(0.5 * len(score))]] = True
+    rows = np.split(kept, np.cumsum([len(row) for row in nll.values()])[:-1])
+    left = [losses[mine] for losses, mine in zip(nll.values(), rows, strict=True) if mine.any()]
+    tau = statistics.median_low([float(losses.mean()) for losses in left])
+    flat = np.concatenate(left)
+    expected = (np.maximum(np.maximum(np.exp(-flat), 1e-6) ** (1 / tau), 0.01) * flat).mean()
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("pair", [[Editor(), Editor()], [Arranger(), Arranger()]])

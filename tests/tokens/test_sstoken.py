@@ -16,7 +16,7 @@ import ftrun
 from ftrun.adapters.peft_adapter import seeded
 from ftrun.config.settings import ModelConfig
 from ftrun.data.tokens import Sequence, TokenTable
-from ftrun.errors import ConfigError
+from ftrun.errors import ConfigError, DataError
 from ftrun.models.load import load_bundle
 from ftrun.objectives.sft import Sft
 from ftrun.tokens.sstoken import SsToken, scaled
@@ -227,6 +227,20 @@ def test_scaled_to_the_group():
 def test_wrong_knobs_are_refused(knobs):
     with pytest.raises(ConfigError):
         SsToken(**knobs)
+
+
+def test_rows_without_prompts_are_refused_where_attention_counts(context):
+    rows = [Sequence(np.arange(20, 26, dtype=np.int32), np.r_[0, np.ones(5)].astype(np.float32), i) for i in (0, 1)]
+    plain = TokenTable.from_sequences(rows)
+    with pytest.raises(DataError, match="no row has one"):
+        SsToken().remember(plain, context())
+    found = SsToken(gamma=1.0, warmup_samples=0).remember(plain, context())[NAME]
+    assert np.isnan(found).tolist() == [True, *[False] * 5] * 2
+
+
+def test_a_layer_that_is_not_there_is_refused_before_scoring(table, context):
+    with pytest.raises(ConfigError, match="2 layers"):
+        SsToken(layer=5).remember(table, context())
 
 
 # ---- through the loop ----

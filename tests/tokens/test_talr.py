@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from ftrun.config.compose import load
 from ftrun.data.batches import micro_batches
+from ftrun.errors import ConfigError
 from ftrun.tokens.talr import Talr
 from ftrun.training.view import StepView
 
@@ -99,3 +104,32 @@ def test_tau_is_the_lower_middle_and_never_zero():
 def test_probabilities_have_a_floor():
     weight = Talr(tau=10.0, minimum_weight=0.0).weights(torch.tensor([100.0]), torch.ones(1))
     assert weight.item() == pytest.approx(1e-6 ** (1 / 10), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"tau": 0.0}, {"tau": -1.0}, {"tau": math.nan}, {"minimum_weight": -0.1}, {"minimum_weight": 1.5}]
+)
+def test_bad_knobs_are_refused(knobs):
+    with pytest.raises(ConfigError, match=f"tokens.{next(iter(knobs))}"):
+        Talr(**knobs)
+
+
+def test_only_token_losses_can_be_weighed():
+    with pytest.raises(ConfigError, match="weighs the loss of every token"):
+        load(["objective=dpo", "tokens=talr"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalize", ["tokens", "simplex"])
+def test_two_processes_train_what_one_trains(normalize, tiny_dir, rows_file, tmp_path):
+    """The median and the sum of the weights are those of all processes."""
+    losses = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        words = ["recipe=sft", f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={out}", "eval=[]"]
+        words += ["data.heldout=0", "train.batch_size=8", "train.max_steps=3", "tokens=talr"]
+        words += [f"tokens.normalize={normalize}", "launch.threads=1", f"launch.processes={processes}"]
+        done = subprocess.run([sys.executable, "-m", "ftrun", "train", *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        losses.append([json.loads(line)["loss"] for line in (out / "train/metrics.jsonl").read_text().splitlines()])
+    np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any, cast
 
@@ -144,6 +145,25 @@ def test_only_the_last_reply_is_trained_and_plain_answers_weigh_alike(ready):
     plain = weights[table.offsets[1] : table.offsets[2]]
     assert set(plain[plain > 0]) == {1.0}
     assert ctx.facts["tl_training_replies"] == {"call": 3, "alike": 2, "none": 2}
+
+
+def test_a_call_is_found_where_the_template_strips_it_and_letters_are_many_tokens(bundle):
+    """Places against a walk that decodes token after token."""
+    reply = "get_weather(city='日本語 👩‍👩‍👧', days=3)"
+    ids = bundle.tokenizer(reply + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    counted: Counter[str] = Counter()
+    asked = record(0, ("user", "what"), ("assistant", f"\n {reply} "))
+    keys, last = TlTraining()._places(asked, bundle.tokenizer, ids, counted)
+    ends = [len(bundle.tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
+
+    def token(character: int) -> int:
+        return next(n for n, end in enumerate(ends) if end > character)
+
+    assert keys == {token(0), token(reply.index("weather")), token(reply.index("("))}
+    assert last == {token(reply.index("',") - 1), token(reply.index("3"))}
+    assert counted == {"call": 1, "alike": 1}
+    TlTraining()._places(record(0, ("user", "what"), ("assistant", "quick(a=7)")), bundle.tokenizer, ids, counted)
+    assert counted["lost"] == 1
 
 
 def test_no_call_at_all_is_said(bundle, context, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ftrun
-from ftrun.training.weightlog import PARTS, shares
+from ftrun.training.weightlog import EXAMPLES, PARTS, shares
 
 
 def test_places_in_a_sequence():
@@ -36,6 +36,21 @@ def test_counts_agree_with_each_other_and_with_the_cut(tiny_dir, rows_file, tmp_
         other = lines(tiny_dir, rows_file, tmp_path / name, "tokens=talr", more)
         assert [line["tokens"] for line in other] == [line["tokens"] for line in one]
         np.testing.assert_allclose([line["mean"] for line in other], [line["mean"] for line in one], rtol=1e-4)
+        for ours, theirs in zip(one, other, strict=True):
+            assert [example["token"] for example in ours["heaviest"]] == [e["token"] for e in theirs["heaviest"]]
+
+
+def test_the_heaviest_and_the_lightest_tokens_stand_in_their_rows(tiny_dir, rows_file, tmp_path):
+    (line, *_) = lines(tiny_dir, rows_file, tmp_path / "a", "tokens=talr")
+    texts = [json.loads(row)["output"] for row in rows_file.read_text().splitlines()]
+    for examples, sign in ((line["heaviest"], -1), (line["lightest"], 1)):
+        assert 1 <= len(examples) <= EXAMPLES
+        factors = [sign * one["factor"] for one in examples]
+        assert factors == sorted(factors)
+        for one in examples:
+            row = f"{texts[one['row']]}<|im_end|>"
+            assert row in one["before"] + one["token"] + one["after"] or one["token"] in row
+    assert line["lightest"][0]["factor"] <= line["mean"] <= line["heaviest"][0]["factor"]
 
 
 def test_plain_training_writes_none(tiny_dir, rows_file, tmp_path):

@@ -56,6 +56,13 @@ def test_no_model_is_loaded_for_plain_weights(tokens, tiny_dir, rows_file, monke
     assert counts["trained_tokens"] and "⟦" in capsys.readouterr().out
 
 
+def test_inputs_that_the_step_changes_are_said(tiny_dir, rows_file, capsys):
+    """Registers have weights, but no token of the data stands for them."""
+    counts = preview(load(words(tiny_dir, rows_file, "tokens=mutor")), html=False)
+    assert "changes the inputs" in counts["note"] and "changes the inputs" in capsys.readouterr().out
+    assert "changes the inputs" not in preview(load(words(tiny_dir, rows_file, "tokens=talr")), html=False)["note"]
+
+
 def test_nothing_is_left_behind(tiny_dir, rows_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())

@@ -57,7 +57,7 @@ class AddOneIn(Picker):
     answer: Literal["generate", "letter"] = "generate"  # local chooser: writes an answer, or takes the likeliest letter
     max_new_tokens: int = 1024  # longest answer, in tokens
     timeout: float = 120.0  # seconds to wait for an answer from chooser_url
-    retries: int = 20  # invalid answers in a row after which it gives up
+    retries: int = 20  # invalid answers in a row that it bears; one more, and it gives up
 
     needs_scores: ClassVar[bool] = False
 
@@ -70,6 +70,11 @@ class AddOneIn(Picker):
         if self.options > len(LETTERS):
             raise ConfigError(
                 "options are labelled with single letters", f"select.picker.options={self.options}", "Use 26 or fewer."
+            )
+        if self.retries < 0 or not self.timeout > 0:
+            raise ConfigError(
+                "the timeout is above 0, and retries are not negative",
+                f"select.picker.timeout={self.timeout:g} select.picker.retries={self.retries}",
             )
         if self.chooser_url and not self.chooser_model:
             raise ConfigError("the chooser's model has no name", todo="Set select.picker.chooser_model=...")

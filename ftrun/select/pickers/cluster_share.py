@@ -10,7 +10,7 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.cluster import by_content, cluster_rows, embeddings_of, places_within
+from ftrun.select.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, places_within
 
 if TYPE_CHECKING:
     from ftrun.context import Context
@@ -35,9 +35,12 @@ class ClusterShare(Picker):
 
     budget_use: ClassVar[Literal["required", "optional", "none"]] = "optional"
 
-    def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
+    def __post_init__(self) -> None:
+        check_kmeans(self.clusters, self.iterations, self.restarts)
         if not 0 < self.ratio <= 1:
-            raise ConfigError("ratio is a share of each cluster", f"select.picker.ratio={self.ratio}")
+            raise ConfigError("ratio is a share above 0 and up to 1", f"select.picker.ratio={self.ratio}")
+
+    def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
         embeddings_of(table, ctx, self.embedding, self.of)
         rows = by_content(table, candidates, ctx, "cluster_share")
         found = cluster_rows(table, rows, self.clusters, self.iterations, self.restarts, ctx)

@@ -11,7 +11,7 @@ from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, PlannedTraining, Table
-from ftrun.select.cluster import by_content, cluster_rows, embeddings_of, places_within
+from ftrun.select.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, places_within
 from ftrun.select.inner import InnerTraining, prepared_rows
 from ftrun.select.rewards import likelihood, reward
 from ftrun.select.rollouts import rollouts
@@ -31,12 +31,13 @@ class DacIter(Picker):
     base model is then trained on all rows so far and answers each of them. With s_j the mean over the cluster's rows
     of R(gold answer) - R(its own answer), the next weights are w_j = exp(s_j) / sum exp(s). Clusters start equal; one
     without a chosen row counts as the mean of the others. What a small cluster cannot give, the others give.
-    R is the mean log-likelihood per token under the untrained scoring model, or a reward model.
+    R is the mean log-likelihood per token under the untrained scoring model, or a reward model. Of a conversation the
+    last answer counts, all turns before it being given.
     """
 
     rounds: int = 3  # T
     clusters: int = 512  # K
-    weighting: Literal["exp", "product"] = "exp"  # product: the new weights times those of the round before
+    weighting: Literal["exp", "product"] = "exp"  # product: the new weights, as above, times those of the round before
     reward_model: str | None = None  # sequence classifier of one output that rates answers; null: likelihood
     max_new_tokens: int = 512  # longest answer that is generated
     trains: Literal["lora", "full"] = "lora"  # what the training of a round changes: adapters, or all weights
@@ -51,9 +52,13 @@ class DacIter(Picker):
 
     needs_scores: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        check_kmeans(self.clusters, self.iterations, self.restarts)
+        for name in ("rounds", "max_new_tokens", "epochs", "learning_rate", "batch_size", "r"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"dac_iter needs {name} above 0", f"select.picker.{name}={getattr(self, name)}")
+
     def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
-        if self.rounds < 1:
-            raise ConfigError("there must be a round at least", f"select.picker.rounds={self.rounds}")
         assert table.pool is not None
         embeddings_of(table, ctx, self.embedding, self.of)
         rows = by_content(table, candidates, ctx, "dac_iter")

@@ -10,7 +10,7 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.cluster import BLOCK, Clustering, by_content, cluster_rows, embeddings_of, in_turns
+from ftrun.select.cluster import BLOCK, Clustering, by_content, check_kmeans, cluster_rows, embeddings_of, in_turns
 
 if TYPE_CHECKING:
     from ftrun.context import Context
@@ -36,11 +36,14 @@ class DeftUcs(Picker):
 
     needs_scores: ClassVar[bool] = False
 
-    def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
+    def __post_init__(self) -> None:
+        check_kmeans(self.clusters, self.iterations, self.restarts)
         if not (0 <= self.alpha <= 1 and 0 <= self.base <= 1):
             raise ConfigError(
                 "alpha and base are shares", f"select.picker.alpha={self.alpha} select.picker.base={self.base}"
             )
+
+    def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
         rows = by_content(table, candidates, ctx, "deft_ucs")
         first, second = self._parts(budget)
         base = first.take(rows, table.lengths)

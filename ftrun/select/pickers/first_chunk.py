@@ -10,7 +10,7 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.cluster import by_content, cluster_rows, embeddings_of, places_within
+from ftrun.select.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, places_within
 
 if TYPE_CHECKING:
     from ftrun.context import Context
@@ -32,9 +32,12 @@ class FirstChunk(Picker):
     embedding: Literal["minilm", "model"] = "minilm"  # all-MiniLM-L6-v2, or the mean hidden state of the scoring model
     of: Literal["prompt", "row"] = "row"  # text that is embedded
     iterations: int = 300  # of k-means, at most
-    restarts: int = 10  # k-means runs, of which the tightest counts
+    restarts: int = 1  # k-means runs, of which the tightest counts; one as in the authors' code
 
     budget_use: ClassVar[Literal["required", "optional", "none"]] = "required"
+
+    def __post_init__(self) -> None:
+        check_kmeans(self.clusters, self.iterations, self.restarts)
 
     def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
         embeddings_of(table, ctx, self.embedding, self.of)

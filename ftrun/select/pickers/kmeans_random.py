@@ -9,7 +9,7 @@ import numpy as np
 
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.cluster import by_content, cluster_rows, embeddings_of, in_turns
+from ftrun.select.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, in_turns
 
 if TYPE_CHECKING:
     from ftrun.context import Context
@@ -32,6 +32,9 @@ class KMeansRandom(Picker):
     restarts: int = 5  # k-means runs, of which the tightest counts
 
     needs_scores: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_kmeans(self.clusters, self.iterations, self.restarts)
 
     def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
         embeddings_of(table, ctx, self.embedding, self.of)

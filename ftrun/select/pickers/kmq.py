@@ -10,7 +10,7 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.cluster import by_content, cluster_rows, embeddings_of, in_turns
+from ftrun.select.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, in_turns
 from ftrun.select.scorers.random import row_numbers
 
 if TYPE_CHECKING:
@@ -34,9 +34,12 @@ class Kmq(Picker):
     iterations: int = 300  # of k-means, at most
     restarts: int = 5  # k-means runs, of which the tightest counts
 
-    def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
+    def __post_init__(self) -> None:
+        check_kmeans(self.clusters, self.iterations, self.restarts)
         if not self.temperature > 0:
             raise ConfigError("a temperature must be above 0", f"select.picker.temperature={self.temperature}")
+
+    def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
         embeddings_of(table, ctx, self.embedding, self.of)
         rows = by_content(table, candidates, ctx, "kmq")
         found = cluster_rows(table, rows, self.clusters, self.iterations, self.restarts, ctx)

@@ -40,11 +40,15 @@ class KnnKde(Picker):
 
     def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
         check_bounds(self.alpha, self.c, self.neighbours)
+        if self.kde_neighbours < 1:
+            raise ConfigError(
+                "a density looks at one row at least", f"select.picker.kde_neighbours={self.kde_neighbours}"
+            )
         similarity = similarity_of(table)
         if table.embeddings is None:
             raise ConfigError(
                 "picker=knn_kde compares rows with each other, and the scorer keeps no vectors of them",
-                todo="Use select=rds_plus, or another picker.",
+                todo="Use select=rds_plus or embedding_similarity, or another picker.",
             )
         candidates = np.sort(candidates)
         tenth = max(1, len(candidates) // 10)

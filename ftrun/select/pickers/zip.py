@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
 from ftrun.select.scorers.zip import row_bytes
@@ -37,6 +38,13 @@ class ZipPicker(Picker):
     third: int = 100  # of these, rows that are taken
 
     needs_scores: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("first", "second", "third"):  # a stage that lets nothing through would never end
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"select.picker.{name} must be at least 1", f"select.picker.{name}={getattr(self, name)}"
+                )
 
     def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
         pool = table.pool

@@ -56,6 +56,9 @@ class Delift(Scorer):
         for name in ("sample", "evaluated", "others", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"select.{name} must be at least 1", f"select.{name}={value}")
+        for name in ("eta", "nu"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"select.{name} must not be negative", f"select.{name}={getattr(self, name)}")
 
     def files(self) -> list[str]:
         return [self.old] if self.old else []

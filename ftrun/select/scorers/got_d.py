@@ -42,13 +42,16 @@ class GotD(Scorer):
     column: ClassVar[str] = "got_d"
     gives_similarity: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if not (self.epsilon > 0 and 0 < self.momentum < 2 and self.piece > 0 and self.iterations > 0):
+            raise ConfigError(
+                "epsilon, piece and iterations are above 0, momentum lies between 0 and 2",
+                f"select.epsilon={self.epsilon} select.piece={self.piece} select.iterations={self.iterations} "
+                f"select.momentum={self.momentum}",
+            )
+
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """Negative calibrated gradient of every row, (rows,); NaN for a row without text."""
-        if not (self.epsilon > 0 and 0 < self.momentum < 2 and self.piece > 0):
-            raise ConfigError(
-                "epsilon and piece are above 0, momentum lies between 0 and 2",
-                f"select.epsilon={self.epsilon} select.piece={self.piece} select.momentum={self.momentum}",
-            )
         queries = load_queries(ctx.settings)
         pieces, owner = embed_pieces(chain(pool, queries), ctx, self.embedding, self.piece)
         means = row_means(pieces, owner, len(pool) + len(queries))

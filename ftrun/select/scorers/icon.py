@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import string
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 SEPARATOR = "\n\n\n"  # between a demonstration and the prompt
 NOISE = string.ascii_letters + string.digits + string.punctuation + " "
+NOISE_BYTES = np.frombuffer(NOISE.encode(), np.uint8)
 LINK = re.compile(r"https?://|www\.")
 QUESTION = "\n\n### Helpful:"  # the classifier answers behind it
 ANSWERS = (" yes", " no")
@@ -115,55 +117,67 @@ class Icon(Scorer):
         with timed(engine, len(tests), own) as pace:
             alone = np.exp(engine.mean_nll(segments(alone_texts), "score the assessment set"))
         shown = [prompt + response for prompt, response in rows]
-        helped = self._perplexities(shown, tests, [[text] * len(tests) for text in shown], pace, ctx)
+        helped = self._perplexities(shown, tests, lambda row, test: row, pace, ctx)
         if self.version == "icon_v1":
             return (alone - helped).mean(axis=1)
-        noise = [[random_text(text, test.text, ctx.seed) for test in tests] for text in shown]
-        baseline = self._perplexities(shown, tests, noise, pace, ctx)
+        baseline = self._perplexities(shown, tests, lambda row, test: random_text(row, test.text, ctx.seed), pace, ctx)
         return squashed(((baseline - helped) / (alone + 1e-6)).mean(axis=1))
 
     def _perplexities(
-        self, rows: list[str], tests: list[Assessed], demonstrations: list[list[str]], pace: Pace, ctx: Context
+        self, rows: list[str], tests: list[Assessed], before: Callable[[str, Assessed], str], pace: Pace, ctx: Context
     ) -> np.ndarray:
-        """ppl(S | demonstration), (rows, tests)."""
+        """ppl(S | demonstration), (rows, tests); ``before`` gives what stands in front of a test for a row.
+
+        Demonstrations are made block by block: rows times tests of them would not fit into memory. What they take is
+        told beforehand from that of the first test.
+        """
         tokenizer = ctx.scorer.tokenizer
         lead, separator = added_ids(tokenizer)[0], encode(tokenizer, [SEPARATOR])[0]
         own = sum(len(test.prompt) + len(test.response) + len(separator) for test in tests)
-        flat = encode(tokenizer, [text for row in demonstrations for text in row])
-        cut = [ids[: self.demonstration_length] for ids in flat]
-        if shorter := sum(len(ids) > self.demonstration_length for ids in flat):
-            ctx.report.note(f"{shorter:,} demonstrations are cut at {self.demonstration_length} tokens")
-        sizes = [own + sum(map(len, cut[n * len(tests) : (n + 1) * len(tests)])) for n in range(len(rows))]
+        first = [len(ids) for ids in encode(tokenizer, [before(row, tests[0]) for row in rows])]
+        if longer := sum(length > self.demonstration_length for length in first):
+            ctx.report.note(f"{longer:,} of {len(rows):,} demonstrations are cut at {self.demonstration_length} tokens")
+        sizes = [own + len(tests) * min(length, self.demonstration_length) for length in first]
         what = f"{len(rows):,} candidates x {len(tests):,} rows"
-        say_cost(ctx, what, len(flat), sum(sizes), pace, "select.candidates and select.assessment make them fewer")
+        passes, todo = len(rows) * len(tests), "select.candidates and select.assessment make them fewer"
+        say_cost(ctx, what, passes, sum(sizes), pace, todo)
         found = []
         for start, end in blocks(sizes):
+            pairs = [(before(row, test), test) for row in rows[start:end] for test in tests]
+            shown = list(dict.fromkeys(text for text, _ in pairs))
+            ids = {
+                text: whole[: self.demonstration_length]
+                for text, whole in zip(shown, encode(tokenizer, shown), strict=True)
+            }
             texts = [
-                ([*lead, *cut[row * len(tests) + number], *separator, *test.prompt[len(lead) :]], test.response)
-                for row in range(start, end)
-                for number, test in enumerate(tests)
+                ([*lead, *ids[text], *separator, *test.prompt[len(lead) :]], test.response) for text, test in pairs
             ]
             title = f"candidates {start + 1:,} to {end:,} of {len(rows):,}"
-            nll = engine_for(ctx, demonstrations[start:end]).mean_nll(segments(texts), title)
+            nll = engine_for(ctx, shown).mean_nll(segments(texts), title)
             found.append(np.exp(nll).reshape(end - start, len(tests)))
         return np.concatenate(found)
 
     def _assessment(self, ctx: Context) -> list[Assessed]:
         """The rows that contributions are measured on. Raises DataError where none can be used."""
-        tokenizer, found = ctx.scorer.tokenizer, []
+        tokenizer, found, left_out = ctx.scorer.tokenizer, [], 0
         lead = added_ids(tokenizer)[0]
         for pool in load_queries(ctx.settings).pools:
             numbers = row_numbers(pool, ctx.seed, "icon assessment")
             for number, record in zip(numbers.tolist(), pool, strict=True):
-                if list(assistant_turns(record)):
-                    prompt, response = _last_turn(record)
-                    ids = encode(tokenizer, [prompt, response])
-                    if ids[1] and max(map(len, ids)) <= self.max_length:
-                        found.append((number, Assessed(prompt + response, [*lead, *ids[0]], ids[1])))
+                prompt, response = _last_turn(record) if list(assistant_turns(record)) else ("", "")
+                ids = encode(tokenizer, [prompt, response])
+                if ids[1] and max(map(len, ids)) <= self.max_length:
+                    found.append((number, Assessed(prompt + response, [*lead, *ids[0]], ids[1])))
+                else:
+                    left_out += 1
         if not found:
             raise DataError(
                 f"no row of the assessment set has a prompt and a response of at most {self.max_length} tokens",
                 "select.queries",
+            )
+        if left_out:
+            ctx.report.note(
+                f"{left_out:,} rows of select.queries do not assess: no response, or over {self.max_length:,} tokens"
             )
         found.sort(key=lambda pair: pair[0])
         ctx.report.note(f"{min(len(found), self.assessment):,} rows of select.queries assess (select.assessment)")
@@ -186,7 +200,7 @@ class Icon(Scorer):
         """Probability that each row is helpful, by a classifier trained on the labelled ones, (rows,)."""
         tokenizer = ctx.scorer.tokenizer
         lead, question = added_ids(tokenizer)[0], encode(tokenizer, [QUESTION])[0]
-        answers = [ids[0] for ids in encode(tokenizer, list(ANSWERS))]
+        answers = first_difference(*encode(tokenizer, list(ANSWERS)))
         room = min(self.max_length, ctx.scorer.bundle.context_length - 1) - len(lead) - len(question)
         bodies = encode(tokenizer, [prompt + response for prompt, response in rows])
         if cut := sum(len(body) > room for body in bodies):
@@ -233,6 +247,11 @@ class Assessed:
     response: list[int]
 
 
+def first_difference(one: list[int], other: list[int]) -> list[int]:
+    """The tokens in which two texts first differ; some tokenizers write a blank of its own in front of both."""
+    return next([a, b] for a, b in zip(one, other, strict=False) if a != b)
+
+
 def label(contribution: np.ndarray, share: float) -> np.ndarray:
     """Whether each candidate is in the best ``share``, (candidates,) bool; ties at the edge are."""
     return contribution >= np.quantile(contribution, 1 - share)
@@ -248,7 +267,7 @@ def random_text(demonstration: str, test: str, seed: int) -> str:
     """As many random characters as the demonstration has, the same for the same pair of texts."""
     digest = hashlib.blake2b(f"{seed}/{demonstration}/{test}".encode(), digest_size=8).digest()
     draw = np.random.default_rng(int.from_bytes(digest))
-    return "".join(NOISE[place] for place in draw.integers(0, len(NOISE), len(demonstration)))
+    return NOISE_BYTES[draw.integers(0, len(NOISE), len(demonstration))].tobytes().decode()
 
 
 def _last_turn(record: Record) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import PlannedTraining, Scorer, Table
 from ftrun.select.inner import InnerTraining, answers_table
@@ -49,6 +50,30 @@ class Ifd(Scorer):
 
     column: ClassVar[str] = "ifd"
     passes: ClassVar[float] = 2.0  # with and without the prompt: at most
+
+    def __post_init__(self) -> None:
+        if not self.max_length > 0:
+            raise ConfigError("max_length must be above 0", f"select.max_length={self.max_length}")
+        if self.warmup:
+            self._check_warmup()
+
+    def _check_warmup(self) -> None:
+        for knob in ("warmup", "warmup_clusters", "warmup_epochs", "warmup_learning_rate", "warmup_batch_size"):
+            if not getattr(self, knob) > 0:
+                raise ConfigError(f"{knob} must be above 0", f"select.{knob}={getattr(self, knob)}")
+        bounds = self.warmup_percentiles
+        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 100:
+            raise ConfigError(
+                "the warm-up takes rows between two percentiles of perplexity",
+                f"select.warmup_percentiles={bounds}",
+                "Give a lower and an upper one: [25,75].",
+            )
+        if self.warmup < self.warmup_clusters:
+            raise ConfigError(
+                f"a warm-up of {self.warmup} rows is less than one for each of {self.warmup_clusters} clusters",
+                f"select.warmup={self.warmup}",
+                f"Raise it, or set select.warmup_clusters={self.warmup}.",
+            )
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """Difficulty and its two sides, (rows,) each; NaN where a row has no response that can be scored.

@@ -59,6 +59,8 @@ class Igf(Scorer):
         for name in ("objective", "learning_rate", "learner_epochs", "learner_batch_size", "learner_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"select.{name} must be above 0", f"select.{name}={getattr(self, name)}")
+        if self.clip is not None and not self.clip > 0:
+            raise ConfigError("select.clip must be above 0, or null", f"select.clip={self.clip}")
         if self.probes < FEWEST:
             raise ConfigError(f"igf learns from {FEWEST} probed texts at least", f"select.probes={self.probes}")
 

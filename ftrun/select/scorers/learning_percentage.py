@@ -47,6 +47,17 @@ class LearningPercentage(Scorer):
     column: ClassVar[str] = "late"
     own_picker: ClassVar[str] = "first_chunk"
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "max_length", "learning_rate", "batch_size", "r"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"select.{name} must be above 0", f"select.{name}={getattr(self, name)}")
+        if self.form == "exact" and self.epochs < 2:
+            raise ConfigError(
+                "after one epoch of one there is nothing left to learn: LP would be 1 everywhere",
+                f"select.epochs={self.epochs}",
+                "Use two epochs or more, or select.form=approximate.",
+            )
+
     @property
     def trained_epochs(self) -> int:
         return self.epochs if self.form == "exact" else 1
@@ -60,12 +71,6 @@ class LearningPercentage(Scorer):
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """``late``, ``learning_percentage`` and the perplexities ``ppl_0`` ... of every epoch, (rows,) each."""
-        if self.form == "exact" and self.epochs < 2:
-            raise ConfigError(
-                "after one epoch of one there is nothing left to learn: LP would be 1 everywhere",
-                f"select.epochs={self.epochs}",
-                "Use two epochs or more, or select.form=approximate.",
-            )
         turns = read_turns(pool, ctx, self.template)
         table = answers_table(turns, pool, self.max_length, ctx)
         training = InnerTraining(

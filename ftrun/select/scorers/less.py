@@ -49,8 +49,11 @@ class Less(Scorer):
     row_gradient: Literal["adam", "plain"] = "adam"  # what a row is represented by: its Adam step, or its gradient
 
     column: ClassVar[str] = "less"
-    passes: ClassVar[float] = 12.0  # forward and backward at four checkpoints
     gives_similarity: ClassVar[bool] = True
+
+    @property
+    def passes(self) -> float:  # type: ignore[override]
+        return 3.0 * self.epochs  # forward and backward at every checkpoint
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """Influence on the task that a row helps most, (rows,), from -1 to 1; NaN for a row that training would drop."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,7 +10,7 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Scorer, Table
-from ftrun.select.lengths import demanded_lengths, length_score, text_length
+from ftrun.select.lengths import check_patterns, demanded_lengths, length_score, text_length
 from ftrun.select.scorers.random import row_numbers
 
 if TYPE_CHECKING:
@@ -41,17 +40,9 @@ class LongOutputMin(Scorer):
     column: ClassVar[str] = "long_output_min"
 
     def __post_init__(self) -> None:
-        for pattern in self.patterns:
-            try:
-                groups = re.compile(pattern).groups
-            except re.error as error:
-                raise ConfigError(f"this is no regular expression: {error}", f"select.patterns={pattern}") from None
-            if groups < 1:
-                raise ConfigError(
-                    "a pattern needs a group around the number",
-                    f"select.patterns={pattern}",
-                    r"Such as: in (\d+) lines",
-                )
+        check_patterns(self.patterns, "select.patterns")
+        if self.general < 0:
+            raise ConfigError("select.general must not be negative", f"select.general={self.general:g}")
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """Rank value, length score, stated length and length, (rows,) each.
@@ -78,7 +69,11 @@ class LongOutputMin(Scorer):
                 score[row] = rank[row] = length_score(int(length[row]), int(required[row]))
         kept = self.keep(Table({"long_output_min": rank, "required": required}, np.zeros(len(pool), np.int64)))
         long = int((kept & ~np.isnan(required)).sum())
-        ctx.report.note(f"{long} of {int((~np.isnan(required)).sum())} rows that state a length keep it")
+        general, wanted = int(kept.sum()) - long, int(self.general * long + 1e-9)
+        ctx.report.note(
+            f"{long} of {int((~np.isnan(required)).sum())} rows that state a length keep it; {general} general rows "
+            f"come with them{f' of {wanted} wanted: the pool has no more' if general < wanted else ''}"
+        )
         if not long:
             ctx.report.warn(
                 "no row states a length and keeps it: nothing is picked, since general rows come with long ones"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ftrun.data.tokens import Sequence, TokenTable
+from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Scorer
 from ftrun.select.nearest import nearest_query, similarities, split_scored
@@ -45,6 +46,10 @@ class RdsPlus(Scorer):
     passes: ClassVar[float] = 1.0
     own_picker: ClassVar[str] = "round_robin"
     gives_similarity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.max_length > 0:
+            raise ConfigError("max_length must be above 0", f"select.max_length={self.max_length}")
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """Similarity to the nearest query, (rows,), from -1 to 1; NaN for a row without text."""

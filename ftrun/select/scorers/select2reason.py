@@ -41,7 +41,7 @@ class Select2Reason(Scorer):
     answer, without the steps (lines) that repeat an earlier one exactly, so that loops do not score.
     Difficulty is one of: judge, the scoring model's P("1") / (P of its two likeliest tokens) when asked whether the
     question is hard, 0 where "1" is not among the two; pass_rate, 1 - the share of rollouts that the row's verifier or
-    answer finds right; column, a field of the rows. Equal values share a rank.
+    its field "answer" finds right; column, a field of the rows. Equal values share a rank.
     """
 
     w: float = 0.25  # weight of difficulty; 0 ranks by length alone
@@ -53,13 +53,19 @@ class Select2Reason(Scorer):
     max_length: int = 2048  # longest question that the model gets to read, in tokens
 
     column: ClassVar[str] = "select2reason"
-    passes: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.w <= 1:
             raise ConfigError("a weight lies between 0 and 1", f"select.w={self.w:g}")
-        if self.rollouts < 1:
-            raise ConfigError("a pass rate needs at least one rollout", f"select.rollouts={self.rollouts}")
+        for name in ("rollouts", "max_new_tokens", "max_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"select.{name} must be at least 1", f"select.{name}={getattr(self, name)}")
+        if self.temperature < 0:
+            raise ConfigError("a temperature cannot be negative", f"select.temperature={self.temperature:g}")
+
+    def planned_tokens(self, lengths: np.ndarray) -> float:
+        written = {"judge": 0, "pass_rate": self.rollouts * self.max_new_tokens, "column": 0}[self.difficulty]
+        return float(lengths.sum()) * (self.difficulty != "column") + len(lengths) * written
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """Joint rank, difficulty and length, (rows,) each; NaN for a row without question, answer or difficulty."""
@@ -104,6 +110,9 @@ class Select2Reason(Scorer):
         for row in np.flatnonzero(wanted).tolist():
             id = int(pool.ids[row])
             record, where = pool[id], pool.origin(id)
+            if record.answer is None and not record.verifier:  # no rollout repeats a whole trace to the letter
+                ctx.scorer.reasons[row] = "no verifier, and no answer to compare rollouts with"
+                continue
             ids = renderer.prompt_ids(record, where)
             if len(ids) > self.max_length:
                 ctx.scorer.reasons[row] = f"the question is longer than max_length={self.max_length}"
@@ -128,11 +137,13 @@ class Select2Reason(Scorer):
             try:
                 difficulty[row] = float(value)
             except (TypeError, ValueError):
+                difficulty[row] = np.nan
+            if not np.isfinite(difficulty[row]):
                 raise DataError(
                     f'row {id} has no number in its field "{self.field}": {value!r}',
                     pool.origin(id),
                     "Name another field with select.field=..., or use select.difficulty=judge.",
-                ) from None
+                )
         return difficulty
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Scorer
 from ftrun.select.next_token import chat_prompt, next_token, word_ids
@@ -46,7 +47,16 @@ class SelectIt(Scorer):
     max_length: int = 1024  # tokens of instruction and response that the model gets to read
 
     column: ClassVar[str] = "selectit"
-    passes: ClassVar[float] = 5.0  # rating prompts
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.prompts <= len(RATING_PROMPTS):
+            what = f"there are {len(RATING_PROMPTS)} rating prompts, of which at least 1 is asked"
+            raise ConfigError(what, f"select.prompts={self.prompts}")
+        if self.alpha < 0:
+            raise ConfigError("disagreement cannot count for a row", f"select.alpha={self.alpha:g}", "Use 0 or more.")
+
+    def planned_tokens(self, lengths: np.ndarray) -> float:
+        return float(lengths.sum()) * self.prompts
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """Rating with its mean and spread over the prompts, (rows,) each; NaN for a row without a response."""

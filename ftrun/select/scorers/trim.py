@@ -71,6 +71,9 @@ class Trim(Scorer):
         for name in ("layers", "targets", "warmup_epochs", "max_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"select.{name} must be at least 1", f"select.{name}={getattr(self, name)}")
+        if not self.warmup_learning_rate > 0:
+            where = f"select.warmup_learning_rate={self.warmup_learning_rate}"
+            raise ConfigError("select.warmup_learning_rate must be above 0", where)
         for name in ("penalty", "top_share", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"select.{name} lies between 0 and 1", f"select.{name}={getattr(self, name)}")
@@ -205,27 +208,28 @@ class Trim(Scorer):
         """Scores of the tokens that count, by task, one flat array (tokens x tasks) a sequence."""
         if not len(table):
             return []
-        bundle = scoring.bundle
         classes = np.unique(table.input_ids)
-        place = torch.zeros(bundle.architecture.vocabulary, dtype=torch.long)
-        place[torch.from_numpy(classes.astype(np.int64))] = torch.arange(len(classes))
-        matrices = [self._by_class(classes, *known, bundle) for known in prints]
-        stacked = torch.stack(matrices).to(bundle.device)  # (tasks, classes of the pool, width)
-        place = place.to(bundle.device)
+        tasks = [self._matched(classes, *known, scoring.bundle) for known in prints]
 
         def compute(bundle: Bundle, batch: Batch) -> list[np.ndarray]:
             counts = (batch.loss_weight > 0) & (batch.sequence >= 0)
             states = F.normalize(bundle.architecture.hidden_states(bundle.model, batch)[counts].float(), dim=-1)
-            own = place[batch.input_ids[counts]]
-            scores = torch.stack([(states * matrix[own]).sum(-1) for matrix in stacked], dim=1).cpu().numpy()
+            ids = batch.input_ids[counts]
+            by_task = [(states * matrix[place[ids]]).sum(-1) * factor[ids] for matrix, place, factor in tasks]
+            scores = torch.stack(by_task, dim=1).cpu().numpy()
             sizes = torch.bincount(batch.sequence[counts], minlength=batch.sequences).cpu().numpy()
             return np.split(scores, np.cumsum(sizes)[:-1])
 
-        name = f"trim-{digest([_hash(place.cpu().numpy()), _hash(stacked.cpu().numpy())])}"
+        name = f"trim-{digest([_hash(part.cpu().numpy()) for task in tasks for part in task])}"
         return scoring.measure(table, name, compute, "compare tokens with fingerprints", packable=True)
 
-    def _by_class(self, classes: np.ndarray, known: np.ndarray, prints: np.ndarray, bundle: Bundle) -> Tensor:
-        """The fingerprint for each of these classes, its penalty included, (classes, width) float32."""
+    def _matched(
+        self, classes: np.ndarray, known: np.ndarray, prints: np.ndarray, bundle: Bundle
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fingerprints (known, width) float32; which of them counts for a token, and its factor, (vocabulary,) both.
+
+        Only ``classes``, those of the pool, are filled in. There are few fingerprints and many classes: none is copied.
+        """
         model: Any = bundle.model
         embedding = model.get_input_embeddings().weight.detach()
         targets = F.normalize(embedding[torch.from_numpy(known.astype(np.int64)).to(embedding.device)].float(), dim=-1)
@@ -235,11 +239,15 @@ class Trim(Scorer):
                 (F.normalize(embedding[part].float(), dim=-1) @ targets.T).argmax(1)
                 for part in ids.split(NEAREST_AT_ONCE)
             ]
-        ).cpu()
+        )
         has_own = np.isin(classes, known)
-        nearest[torch.from_numpy(has_own)] = torch.from_numpy(np.searchsorted(known, classes[has_own]))
-        factor = torch.where(torch.from_numpy(has_own), 1.0, self.penalty)
-        return torch.from_numpy(prints.astype(np.float32))[nearest] * factor[:, None]
+        place = torch.zeros(bundle.architecture.vocabulary, dtype=torch.long)
+        factor = torch.full((bundle.architecture.vocabulary,), self.penalty)
+        place[ids.cpu()] = nearest.cpu()
+        own = torch.from_numpy(classes[has_own].astype(np.int64))
+        place[own], factor[own] = torch.from_numpy(np.searchsorted(known, classes[has_own])), 1.0
+        matrix = torch.from_numpy(prints.astype(np.float32))
+        return matrix.to(bundle.device), place.to(bundle.device), factor.to(bundle.device)
 
 
 def _hash(values: np.ndarray) -> str:

@@ -62,6 +62,8 @@ class Tshirt(Scorer):
             raise ConfigError("tshirt needs at least one copy of a row", f"select.copies={self.copies}")
         if not 0 <= self.k <= 100:
             raise ConfigError("a share in percent lies between 0 and 100", f"select.k={self.k:g}")
+        if not self.max_length > 0:
+            raise ConfigError("max_length must be above 0", f"select.max_length={self.max_length}")
 
     @property
     def passes(self) -> float:  # type: ignore[override]
