@@ -25,13 +25,14 @@ from ftrun.data.render import apply_template
 from ftrun.data.roles import with_roles
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import CheckpointError, ConfigError, DataError
+from ftrun.evaluation.base import nothing_held_out
 from ftrun.evaluation.run import evaluate_all, evaluating
 from ftrun.models.architecture import Architecture, context_length
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import fingerprint, load_bundle, load_config, load_tokenizer, parameters_in, resolve_dtype
 from ftrun.objectives.base import Objective
 from ftrun.recorded import RecordedRun, carry_out, logical_parameters
-from ftrun.select.order import training_order
+from ftrun.select.order import picker_of, training_order
 from ftrun.select.queries import load_queries, load_rows
 from ftrun.select.run import FILES, SOMETIMES, run_selection
 from ftrun.select.shared import Shared
@@ -133,6 +134,10 @@ class Chain(RecordedRun):
             self.report.note(note)
         self.ctx.heldout = heldout if len(heldout) else None
         self.report.note(f"{len(train):,} rows to train on, {len(heldout):,} held out")
+        if not len(heldout) and "eval" in self.settings.stages:  # said now, not after hours of training
+            for evaluator in self.settings.evaluators():
+                if evaluator.asks_heldout:
+                    raise nothing_held_out(evaluator.name, self.ctx)
         return train
 
     def select(self, pool: Pool) -> Pool:
@@ -153,6 +158,7 @@ class Chain(RecordedRun):
                 "files": load_rows(settings, settings.component("select").files()).fingerprint,
                 "data": [settings.as_dict()["data"], pool.fingerprint, digest(pool.ids.tolist())],
                 "model": [model, fingerprint(model)],
+                "named models": [fingerprint(ModelConfig(path=path)) for path in picker_of(settings).models()],
                 "code": lockfile.code_digest(
                     [("select", settings.choice("select")), ("picker", settings.choice("picker"))],
                     ["select", "select/scorers", "select/pickers"],

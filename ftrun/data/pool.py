@@ -18,6 +18,7 @@ from ftrun.data.sources import read
 from ftrun.data.spool import Spool, Stores
 from ftrun.errors import ConfigError, DataError
 
+NAMED = 5  # rows left out that a note names
 CHUNK = 65_536  # rows hashed at a time
 
 
@@ -100,22 +101,27 @@ def load_pool(data: DataConfig, folder: Path, seed: int) -> Pool:
     _check_settings(data, paths)
     stop = data.limit if len(paths) == 1 else None
     spool = Spool(folder)
+    notes: list[str] = []
     try:
-        layouts = [_read_source(path, number, data, spool, stop) for number, path in enumerate(paths)]
+        layouts = [_read_source(path, number, data, spool, stop, notes) for number, path in enumerate(paths)]
     except BaseException:
         spool.abandon()
         raise
     index, stores = spool.close()
     _check_kinds(layouts, paths)
-    notes: list[str] = []
+    ids = np.flatnonzero(index["length"] > 0)  # rows left out keep their numbers
+    if not len(ids):
+        raise DataError("none of the rows can be used", f"data.path={data.path}", notes[0])
     if len(paths) > 1:
+        index = index[ids]
         sizes = np.bincount(index["source"], minlength=len(paths))
         counts = mixture_counts(sizes, data.weights, data.limit)
         index = index[_mixture(sizes, counts, seed)]
-        notes = [
+        ids = np.arange(len(index))
+        notes += [
             _mixture_note(path, int(size), int(count)) for path, size, count in zip(paths, sizes, counts, strict=True)
         ]
-    return Pool(index, np.arange(len(index)), stores, spool.files, layouts, notes)
+    return Pool(index, ids, stores, spool.files, layouts, notes)
 
 
 def _check_settings(data: DataConfig, paths: list[str]) -> None:
@@ -134,17 +140,29 @@ def _check_settings(data: DataConfig, paths: list[str]) -> None:
             raise ConfigError("data.weights must not be negative, and not all zero", f"data.weights={data.weights}")
 
 
-def _read_source(path: str, number: int, data: DataConfig, spool: Spool, stop: int | None) -> Layout:
+def _read_source(path: str, number: int, data: DataConfig, spool: Spool, stop: int | None, notes: list[str]) -> Layout:
     layout: Layout | None = None
+    unfit: list[str] = []
     for row, raw in enumerate(read(path, data.split)):
         if row == stop:
             break
         where = f"{raw.file}:{raw.line}"
         if layout is None:
             layout = layout_of(raw.fields, where, data.format, data.columns, data.system)
-        spool.add(raw, number, layout.record(row, raw.fields, where))
+        try:
+            record = layout.record(row, raw.fields, where)
+        except DataError as error:
+            if data.unfit == "error":
+                error.todo += " Or leave such rows out: data.unfit=drop."
+                raise
+            unfit.append(error.what)
+            record = None
+        spool.add(raw, number, record)
     if layout is None:
         raise DataError(f"{path} holds no rows", f"data.path={path}")
+    if unfit:
+        named = "; ".join(unfit[:NAMED]) + f"; and {len(unfit) - NAMED:,} more" * (len(unfit) > NAMED)
+        notes.append(f"{len(unfit):,} row{'s' * (len(unfit) != 1)} of {path} left out (data.unfit=drop): {named}")
     return layout
 
 

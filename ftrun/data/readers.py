@@ -16,8 +16,9 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "system": "system",
     "tool": "tool",
+    "function": "tool",  # its older name
 }
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"function": "tool"}
 
 
 class Unfit(Exception):

@@ -50,13 +50,14 @@ class Spool:
             self._rows: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the pool
             self._index: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
-    def add(self, raw: Raw, source: int, record: Record) -> None:
-        store, start, length = self._place(raw)
+    def add(self, raw: Raw, source: int, record: Record | None) -> None:
+        """Write a row down; without a record only its number is taken."""
+        store, start, length = self._place(raw) if record else (0, 0, 0)
         if raw.file not in self._file_numbers:
             self._file_numbers[raw.file] = len(self.files)
             self.files.append(raw.file)
         file = self._file_numbers[raw.file]
-        hashes = content_hash(record), row_hash(raw.fields)
+        hashes = (content_hash(record), row_hash(raw.fields)) if record else (0, 0)
         self._entries[self._filled] = (store, start, length, source, file, raw.line, *hashes)
         self._filled += 1
         if self._filled == BUFFERED:

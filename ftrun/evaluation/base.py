@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ftrun.errors import ConfigError
+
 if TYPE_CHECKING:
     from ftrun.context import Context
     from ftrun.models.bundle import Bundle
@@ -39,7 +41,17 @@ class Evaluation:
 class Evaluator:
     needs: ClassVar[dict[str, str]] = {}
     lacks: ClassVar[dict[str, str]] = {}
+    asks_heldout: ClassVar[bool] = False  # measures on the rows that were held out, and on no others
 
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
         """Evaluate ``bundle.model`` (already in eval mode, no gradients)."""
         raise NotImplementedError
+
+
+def nothing_held_out(evaluator: str, ctx: Context) -> ConfigError:
+    """The error of an evaluator that has no rows."""
+    return ConfigError(
+        f"eval={evaluator} has no rows: none were held out",
+        f"data.heldout={ctx.settings.data.heldout:g}",
+        "Raise data.heldout, set data.heldout_path, or leave out this evaluator.",
+    )

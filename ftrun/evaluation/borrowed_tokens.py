@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -45,6 +45,8 @@ class BorrowedTokens(Evaluator):
     rows: int = 16  # held-out rows to answer, the first ones
     max_new_tokens: int = 128  # longest answer, in tokens
     batch_size: int = 8  # rows generated at a time
+
+    asks_heldout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("k", "rows", "max_new_tokens", "batch_size"):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from ftrun.data.batches import collate, length_sorted, token_budget
 from ftrun.data.tokens import TokenTable
-from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.base import Evaluation, Evaluator, Metric
+from ftrun.errors import DataError
+from ftrun.evaluation.base import Evaluation, Evaluator, Metric, nothing_held_out
 from ftrun.registry import register
 
 if TYPE_CHECKING:
@@ -32,14 +32,12 @@ class Classification(Evaluator):
         None  # upper bound of the tokens in one batch, padding included; null: 1024 on a CPU, 4096 on a GPU
     )
 
+    asks_heldout: ClassVar[bool] = True
+
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
         table = ctx.heldout_tokens
         if table is None or len(table) == 0:
-            raise ConfigError(
-                "eval=classification has no rows: none were held out",
-                f"data.heldout={ctx.settings.data.heldout:g}",
-                "Raise data.heldout, set data.heldout_path, or leave out this evaluator.",
-            )
+            raise nothing_held_out("classification", ctx)
         gold = np.asarray(table.label)
         if (gold < 0).any():
             row = int(table.record[int(np.argmax(gold < 0))])

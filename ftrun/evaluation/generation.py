@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from ftrun.data.records import Record
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation.answers import Check, check_of
-from ftrun.evaluation.base import Evaluation, Evaluator, Metric
+from ftrun.evaluation.base import Evaluation, Evaluator, Metric, nothing_held_out
 from ftrun.registry import register
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class Generation(Evaluator):
     batch_size: int = 8  # rows generated at a time
     temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's own distribution
     metric: Literal["auto", "verifier", "last_number", "exact_match", "contains", "word_f1"] = "auto"  # how to check
+
+    asks_heldout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("rows", "max_new_tokens", "batch_size"):
@@ -154,11 +156,7 @@ class Generation(Evaluator):
 def heldout_prompts(ctx: Context, count: int, evaluator: str) -> list[tuple[Record, str]]:
     """The first held-out rows with a prompt to answer, and where each comes from. Raises ConfigError if there are none."""
     if ctx.heldout is None or len(ctx.heldout) == 0:
-        raise ConfigError(
-            f"eval={evaluator} has no rows: none were held out",
-            f"data.heldout={ctx.settings.data.heldout:g}",
-            "Raise data.heldout, set data.heldout_path, or leave out this evaluator.",
-        )
+        raise nothing_held_out(evaluator, ctx)
     ids = np.asarray(ctx.heldout.ids)
     if ctx.heldout_tokens is not None:  # rows that the preflight dropped stay out here too
         ids = ids[np.isin(ids, ctx.heldout_tokens.record)]

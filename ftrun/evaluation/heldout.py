@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from ftrun.errors import ConfigError
-from ftrun.evaluation.base import Evaluation, Evaluator, Metric
+from ftrun.evaluation.base import Evaluation, Evaluator, Metric, nothing_held_out
 from ftrun.evaluation.likelihood import Likelihood, likelihood
 from ftrun.registry import register
 
@@ -32,14 +32,12 @@ class Heldout(Evaluator):
         None  # upper bound of the tokens in one batch, padding included; null: 1024 on a CPU, 4096 on a GPU
     )
 
+    asks_heldout: ClassVar[bool] = True
+
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
         table = ctx.heldout_tokens
         if table is None or len(table) == 0:
-            raise ConfigError(
-                "eval=heldout has no rows: none were held out",
-                f"data.heldout={ctx.settings.data.heldout:g}",
-                "Raise data.heldout, set data.heldout_path, or leave out this evaluator.",
-            )
+            raise nothing_held_out("heldout", ctx)
         if table.sequences_per_row > 1:
             first = np.arange(len(table)) * table.sequences_per_row
             table = replace(table, sequences_per_row=1).rows(first)

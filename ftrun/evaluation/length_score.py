@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class LengthScore(Evaluator):
     batch_size: int = 8  # rows generated at a time
     temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's own distribution
     patterns: list[str] = field(default_factory=list)  # regular expressions of further demands; group 1 is the number
+
+    asks_heldout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("rows", "max_new_tokens", "batch_size"):

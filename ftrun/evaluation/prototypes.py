@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from ftrun.data.batches import collate, length_sorted, token_budget
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError
-from ftrun.evaluation.base import Evaluation, Evaluator, Metric
+from ftrun.evaluation.base import Evaluation, Evaluator, Metric, nothing_held_out
 from ftrun.evaluation.classification import macro_f1
 from ftrun.objectives.perfect import Perfect
 from ftrun.registry import register
@@ -39,6 +39,8 @@ class Prototypes(Evaluator):
         None  # upper bound of the tokens in one batch, padding included; null: 1024 on a CPU, 4096 on a GPU
     )
 
+    asks_heldout: ClassVar[bool] = True
+
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
         objective = ctx.settings.component("objective")
         if not isinstance(objective, Perfect):
@@ -49,11 +51,7 @@ class Prototypes(Evaluator):
             )
         table = ctx.heldout_tokens
         if table is None or len(table) == 0:
-            raise ConfigError(
-                "eval=prototypes has no rows: none were held out",
-                f"data.heldout={ctx.settings.data.heldout:g}",
-                "Raise data.heldout, set data.heldout_path, or leave out this evaluator.",
-            )
+            raise nothing_held_out("prototypes", ctx)
         config: Any = bundle.model.config
         prototypes = self._prototypes(objective, bundle, ctx, config.num_labels)
         similarity = similarities(self._states(objective, bundle, table, ctx), prototypes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -70,6 +70,8 @@ class TokenShift(Evaluator):
     rows: int = 16  # held-out rows to answer, the first ones
     max_new_tokens: int = 128  # longest answer, in tokens
     batch_size: int = 8  # rows generated at a time
+
+    asks_heldout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("rows", "max_new_tokens", "batch_size"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
@@ -83,6 +83,8 @@ class Urial(Evaluator):
     temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's own distribution
     repetition_penalty: float = 1.1  # divides the logits of tokens that the prompt or answer already holds; 1: none
     metric: Literal["auto", "verifier", "last_number", "exact_match", "contains", "word_f1"] = "auto"  # how to check
+
+    asks_heldout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("rows", "max_new_tokens", "batch_size"):

@@ -120,6 +120,10 @@ class Picker:
         """What picking so many rows trains on the way, for `ftrun plan`."""
         return []
 
+    def models(self) -> list[str]:
+        """Models that knobs name: what they hold belongs to the key of the stage cache."""
+        return []
+
     def passes(self, score: np.ndarray, batch_size: int, seed: int) -> list[np.ndarray]:
         """Positions of the rows of the first passes of training; it shuffles all rows for those that follow.
 

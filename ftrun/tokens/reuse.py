@@ -71,6 +71,13 @@ def read_tokens(run: str, table: TokenTable, ctx: Context) -> Stored:
             "Name the folder of a run with a token method that weighs tokens before training, such as token_cleaning.",
         )
     made: dict[str, Any] = json.loads((folder / ORIGIN).read_text())
+    ours = _origin(ctx)
+    if made.get("train_on", ours["train_on"]) != ours["train_on"]:
+        raise DataError(
+            f"the weights of {run} were made with data.train_on={made['train_on']}, and this run trains other tokens",
+            f"data.train_on={ours['train_on']}",
+            f"Use data.train_on={made['train_on']}, or let this run weigh its tokens itself.",
+        )
     stored = pq.read_table(folder / FILE)
     columns = {name: stored.column(name).to_numpy() for name in stored.column_names}
     lines = Lines.of(table)
@@ -80,7 +87,7 @@ def read_tokens(run: str, table: TokenTable, ctx: Context) -> Stored:
     if not fits.all():
         row = int(lines.ids[np.argmin(fits)])
         raise DataError(
-            f"the weights of {run} are not for these tokens: row {row} {_reason(made, _origin(ctx))}",
+            f"the weights of {run} are not for these tokens: row {row} {_reason(made, ours)}",
             where,
             "Use the same model, template and data, or let this run weigh its tokens itself.",
         )
@@ -125,6 +132,7 @@ def _origin(ctx: Context) -> dict[str, Any]:
         "tokenizer": digest(sorted(bundle.tokenizer.get_vocab().items())) if bundle else None,
         "template": digest(getattr(bundle.tokenizer, "chat_template", None)) if bundle else None,
         "data": ctx.facts.get("data"),
+        "train_on": ctx.settings.data.train_on,
     }
 
 

@@ -41,8 +41,10 @@ def explain(overrides: Sequence[str], quiet: bool = False) -> dict[str, Any]:
     choices = _choices(out, asked.get("recipe"))
     _, settings = load_settings(choices[0].run.path)
     pool = load_pool(settings.data, cache_dir() / "data", settings.seed)
-    if not 0 <= id < len(pool):
-        raise DataError(f"there is no row {id}", f"id={id}", f"The pool has the rows 0 to {len(pool) - 1:,}.")
+    if id not in pool.ids:
+        left_out = ", without those that data.unfit=drop leaves out" if len(pool) < len(pool.index) else ""
+        todo = f"The pool has the rows 0 to {pool.ids.max():,}{left_out}."
+        raise DataError(f"there is no row {id}", f"id={id}", todo)
     notes = []
     said = Run(out).lock.get("fingerprints")
     if isinstance(said, dict) and said.get("data") not in (None, pool.fingerprint):

@@ -148,6 +148,17 @@ def test_format_can_be_forced():
         record({"prompt": "q", "completion": "a"}, setting="alpaca")
 
 
+def test_outputs_of_functions_are_those_of_tools():
+    """`function` is the older name of the role."""
+    turns = [turn("user", "q"), turn("assistant", "f(1)"), turn("function", "2"), turn("assistant", "a")]
+    assert [message.role for message in record({"messages": turns}).messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+
+
 def test_default_system_prompt():
     assert record({"instruction": "q", "output": "a"}, system="be kind").messages[0] == S("be kind")
     assert record({"messages": TURNS}, system="be kind").messages[0] == S("s")

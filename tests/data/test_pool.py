@@ -113,6 +113,31 @@ def test_bad_row_names_file_line_and_row_and_leaves_nothing(tmp_path):
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_unfit_rows_are_left_out_by_name_and_keep_their_numbers(packed, tmp_path):
+    rows = alpaca(range(8))
+    rows[2]["output"], rows[5] = "", {"instruction": "q", "input": "i"}
+    path = write(tmp_path / "rows.jsonl", rows)
+    if packed:
+        path = str(tmp_path / "rows.json")
+        Path(path).write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"row 2 of .* has an empty output") as caught:
+        load_pool(DataConfig(path=path), tmp_path / "work", 0)
+    assert "data.unfit=drop" in caught.value.todo
+    pool = load_pool(DataConfig(path=path, unfit="drop"), tmp_path / "work", 0)
+    assert pool.ids.tolist() == [record.id for record in pool] == [0, 1, 3, 4, 6, 7]
+    assert contents(pool) == [f"answer {n}" for n in pool.ids] and pool.fields(7) == rows[7]
+    with pytest.raises(KeyError):
+        pool[2]
+    (note,) = pool.notes
+    assert note.startswith(f"2 rows of {path} left out (data.unfit=drop): row 2 of ") and "row 5 of" in note
+    mixture = DataConfig(path=[path, write(tmp_path / "more.jsonl", alpaca(range(20, 24)))], unfit="drop")
+    assert len(load_pool(mixture, tmp_path / "work", 0)) == 10
+    nothing = write(tmp_path / "nothing.jsonl", [{"instruction": "q", "output": " "}])
+    with pytest.raises(DataError, match="none of the rows can be used"):
+        load_pool(DataConfig(path=nothing, unfit="drop"), tmp_path / "work", 0)
+
+
 def test_folder_with_two_formats_is_refused(tmp_path):
     (tmp_path / "rows").mkdir()
     write(tmp_path / "rows" / "a.jsonl", alpaca(range(3)))

@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+import ftrun
 from ftrun.config.settings import SelectConfig
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError
@@ -177,7 +179,6 @@ def test_impossible_knobs_are_refused(knob):
 
 
 def save_classifier(tiny_dir, folder, labels: int, head: bool = True):
-    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     torch.manual_seed(1)
@@ -202,6 +203,31 @@ def test_a_reward_model_rates_the_whole_conversation(table, context, tiny_dir, t
             expected = model(torch.tensor([bundle.tokenizer(text).input_ids])).logits.item()
         assert value == pytest.approx(expected, abs=1e-5)
     assert len(set(found.tolist())) == 4
+
+
+def test_other_weights_of_the_reward_model_choose_anew(tiny_dir, rows_file, tmp_path, monkeypatch):
+    """The stage cache keeps a choice by what the reward model holds, not by where it lies."""
+    monkeypatch.setenv("FTRUN_CACHE", str(tmp_path / "cache"))
+    knobs = [
+        "rounds=2",
+        "clusters=3",
+        "max_new_tokens=4",
+        "epochs=1",
+        "batch_size=4",
+        f"reward_model={tmp_path}/reward",
+    ]
+    reused = []
+    for number, changed in enumerate((True, False, True)):
+        if changed:
+            save_classifier(tiny_dir, tmp_path / "reward", 1)
+            weights = load_file(tmp_path / "reward/model.safetensors")
+            weights["score.weight"] += number
+            save_file(weights, tmp_path / "reward/model.safetensors", metadata={"format": "pt"})
+        out = tmp_path / f"run{number}"
+        words = ["recipe=dac_iter", f"model.path={tiny_dir}", f"data.path={rows_file}", "budget=6", f"out={out}"]
+        ftrun.run("select", overrides=[*words, *(f"select.picker.{knob}" for knob in knobs)])
+        reused.append("reused" in (out / "ftrun.log").read_text())
+    assert reused == [False, True, False]
 
 
 @pytest.mark.parametrize(("labels", "head", "message"), [(3, True, "has 3 outputs"), (1, False, "no trained head")])

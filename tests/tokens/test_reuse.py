@@ -89,6 +89,8 @@ def test_a_run_takes_the_weights_of_another(tiny_dir, reference_dir, rows_file, 
     assert losses["a"] == losses["b"] == losses["c"] and losses["a"] != losses["d"]
     with pytest.raises(FtrunError, match=r"not for these tokens: row . differs, and so does the template"):
         run(tiny_dir, rows_file, tmp_path / "e", f"tokens.from={tmp_path / 'a'}", "model.template=alpaca")
+    with pytest.raises(DataError, match=r"made with data.train_on=responses, and this run trains other tokens"):
+        run(tiny_dir, rows_file, tmp_path / "g", f"tokens.from={tmp_path / 'a'}", "data.train_on=all")
     other = tmp_path / "other.jsonl"
     other.write_text(rows_file.read_text().replace("plus", "less"))
     with pytest.raises(FtrunError, match=r"not for these tokens: row . differs, and so does the data"):

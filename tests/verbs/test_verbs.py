@@ -11,6 +11,7 @@ import pytest
 
 import ftrun
 from ftrun import cli
+from ftrun.errors import ConfigError
 
 QUICK = [
     "data.heldout=0.2",
@@ -128,6 +129,32 @@ def test_selection_in_front_of_training(tiny_dir, rows_file, tmp_path):
 
     scored = set(pq.read_table(tmp_path / "a/selection/scores.parquet")["id"].to_pylist())
     assert chosen <= scored and len(scored) < 24
+
+
+def test_evaluators_without_rows_are_refused_before_anything_is_done(tiny_dir, rows_file, tmp_path):
+    """Not after the selection, which may take hours."""
+    out = tmp_path / "run"
+    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "select=superfiltering", "budget=6", f"out={out}"]
+    with pytest.raises(ConfigError, match="eval=heldout has no rows: none were held out"):
+        ftrun.run("train", "lora_sft", [*words, "data.heldout=0"])
+    assert not (out / "selection").exists()
+
+
+def test_rows_that_nothing_can_be_trained_on_are_left_out(tiny_dir, rows, tmp_path, capsys):
+    """`data.unfit=drop` goes through the whole chain; other rows keep their numbers."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row | ({"output": ""} if i == 3 else {})) + "\n" for i, row in enumerate(rows)))
+    words = ["recipe=superfiltering", f"model.path={tiny_dir}", f"data.path={file}", "budget=6"]
+    assert cli.entry(["select", *words, f"out={tmp_path / 'a'}"]) == 3
+    assert "row 3 of" in (said := capsys.readouterr().err) and "data.unfit=drop" in said
+    assert cli.entry(["train", *words, "data.unfit=drop", *QUICK, f"out={tmp_path / 'b'}"]) == 0
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(tmp_path / "b/selection/scores.parquet").to_pydict()
+    assert 3 not in table["id"] and max(table["id"]) > 12
+    chosen = [json.loads(line) for line in (tmp_path / "b/selection/selected.jsonl").open()]
+    assert all(rows[row["id"]]["output"] == row["output"] for row in chosen)
+    assert "1 row of" in (log := (tmp_path / "b/ftrun.log").read_text()) and "has an empty output" in log
 
 
 def test_python_interface_raises_the_same_errors(tmp_path):

@@ -77,6 +77,9 @@ class DacIter(Picker):
             ctx.report.note(f"cluster weights from {weights.min():.2g} to {weights.max():.2g}")
         return rows[chosen]
 
+    def models(self) -> list[str]:
+        return [self.reward_model] if self.reward_model else []
+
     def planned_trainings(self, rows: int) -> list[PlannedTraining]:
         sizes = [rows * number // self.rounds for number in range(1, self.rounds)]
         return [PlannedTraining(size, self.epochs, self.batch_size, self.trains == "full") for size in sizes if size]
