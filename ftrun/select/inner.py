@@ -86,12 +86,13 @@ class InnerTraining:
     warmup: float = 0.03  # share of the steps, or their number
     max_steps: int | None = None  # stop after this many
     lora: dict[str, Any] = field(default_factory=dict)  # knobs of adapter=lora: r, lora_alpha, target_modules ...
+    called: str = "select."  # what stands before the names of these knobs on the command line, for errors
 
     def __post_init__(self) -> None:
         for knob in ("epochs", "learning_rate", "batch_size"):
             if getattr(self, knob) <= 0:
                 raise ConfigError(
-                    f"training for the selection needs a positive {knob}", f"select.{knob}={getattr(self, knob)}"
+                    f"training for the selection needs a positive {knob}", f"{self.called}{knob}={getattr(self, knob)}"
                 )
 
     def run(self, table: TokenTable, ctx: Context, title: str = "training for the selection") -> Generator[Epoch]:
@@ -104,8 +105,8 @@ class InnerTraining:
         if self.trains == "full" and is_quantised(base.model):
             raise ConfigError(
                 f"training for the selection would change all weights of {base.path}, which are quantised",
-                "select.trains=full",
-                "Use select.trains=lora, or score with another model: select.model.path=...",
+                f"{self.called}trains=full",
+                f"Use {self.called}trains=lora, or score with another model: select.model.path=...",
             )
         if not len(table):
             raise DataError("there are no rows to train on for the selection", "data.path")

@@ -177,8 +177,9 @@ def test_steps_can_be_limited(ready):
 def test_full_training_of_a_quantised_model_is_refused(ready, bundle, monkeypatch):
     ctx, table = ready()
     monkeypatch.setattr(inner, "is_quantised", lambda model: True)
-    with pytest.raises(ConfigError, match="quantised"):
-        list(FULL.run(table, ctx))
+    with pytest.raises(ConfigError, match="quantised") as caught:
+        list(replace(FULL, called="select.picker.").run(table, ctx))
+    assert caught.value.where == "select.picker.trains=full" and "select.picker.trains=lora" in caught.value.todo
 
 
 def test_knobs_that_train_nothing_are_refused():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ftrun.errors import ConfigError
 from ftrun.select.base import Budget, Table
@@ -28,6 +30,18 @@ def test_top_k_takes_the_highest_ties_by_place(table, context):
     assert pick(TopK(), table, context(), Budget(rows=3)) == [1, 2, 4]
     assert pick(TopK(), table, context(), Budget(rows=3), candidates=(5, 4, 2, 0)) == [2, 4, 0]
     assert pick(TopK(), table, context(), Budget(rows=99)) == [1, 2, 4, 0, 5]
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 2.5, np.nan]), min_size=1, max_size=30), st.data())
+def test_top_k_is_the_beginning_of_the_whole_order(scores, data):
+    """It orders only what can be chosen; many ties, and rows without a score at the end."""
+    table = Table({"score": np.array(scores)}, lengths=np.ones(len(scores), np.int64))
+    candidates = data.draw(st.permutations(range(len(scores))))
+    ordered = sorted(
+        range(len(scores)), key=lambda place: (np.isnan(scores[place]), -np.nan_to_num(scores[place]), place)
+    )
+    for rows in range(len(scores) + 2):
+        assert pick(TopK(), table, None, Budget(rows=rows), candidates) == ordered[:rows]
 
 
 def test_top_k_by_tokens_stays_within_them(table, context):

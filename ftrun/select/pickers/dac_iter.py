@@ -103,6 +103,7 @@ class DacIter(Picker):
             self.batch_size,
             schedule="linear",
             lora={"r": self.r, "lora_alpha": 2.0 * self.r},
+            called="select.picker.",
         )
         bundle = ctx.scorer.bundle
         renderer = Renderer(bundle.tokenizer)

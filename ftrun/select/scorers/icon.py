@@ -217,6 +217,7 @@ class Icon(Scorer):
             learning_rate=self.classifier_learning_rate,
             batch_size=self.classifier_batch_size,
             lora=LORA,
+            called="select.classifier_",
         )
         asked = TokenTable.from_sequences([_answered(text, answers[0], place) for place, text in enumerate(texts)])
 

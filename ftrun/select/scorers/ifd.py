@@ -113,7 +113,11 @@ class Ifd(Scorer):
         chosen = warmup_rows(turns, pool, candidates, self.warmup, self.warmup_clusters, self.warmup_percentiles, ctx)
         ctx.report.note(f"the model is first trained on {len(chosen)} of {len(pool)} rows")
         training = InnerTraining(
-            self.warmup_trains, self.warmup_epochs, self.warmup_learning_rate, self.warmup_batch_size
+            self.warmup_trains,
+            self.warmup_epochs,
+            self.warmup_learning_rate,
+            self.warmup_batch_size,
+            called="select.warmup_",
         )
         with training.trained(table.rows(np.flatnonzero(answered & np.isin(turns.row, chosen))), ctx) as epoch:
             yield epoch.scoring(ctx)

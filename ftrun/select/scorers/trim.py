@@ -125,7 +125,9 @@ class Trim(Scorer):
         return task.subset(task.ids[np.sort(first)])
 
     def _warm_up(self) -> InnerTraining:
-        return InnerTraining(epochs=self.warmup_epochs, learning_rate=self.warmup_learning_rate)
+        return InnerTraining(
+            epochs=self.warmup_epochs, learning_rate=self.warmup_learning_rate, called="select.warmup_"
+        )
 
     @contextmanager
     def _warmed(self, pool: Pool, ctx: Context) -> Iterator[Scoring]:
