@@ -40,7 +40,7 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)  # rename columns: {instruction: question, output: answer}
     weights: list[float] | None = None  # one a source of a mixture; rows are repeated or left out
     split: str = "train"  # split of a hub data set
-    heldout: float = 0.05  # share of rows kept for evaluation, chosen by content hash; 0 keeps none
+    heldout: float = 0.05  # share of rows kept for evaluation, by content hash, at least one; 0: none
     heldout_path: str | None = None  # evaluate on these rows instead of a held-out share
     heldout_limit: int = 200  # at most this many held-out rows are evaluated
     limit: int | None = None  # use only the first rows of the source

@@ -209,12 +209,18 @@ def _mixture_note(path: str, size: int, count: int) -> str:
 
 
 def split_heldout(pool: Pool, share: float, seed: int) -> tuple[Pool, Pool]:
-    """Training rows and held-out rows. A row's side depends on its content and the seed only."""
+    """Training rows and held-out rows. A row's side depends on its content and the seed only.
+
+    Of a pool so small that no row falls into the share the row nearest to it is held out.
+    """
     if not 0 <= share < 1:
         raise ConfigError(
             "data.heldout must be at least 0 and below 1", f"data.heldout={share}", "0.05 keeps 5% of the rows."
         )
-    held = _uniform(pool.hashes, seed) < share
+    number = _uniform(pool.hashes, seed)
+    held = number < share
+    if share > 0 and not held.any() and number.min(initial=1.0) < number.max(initial=0.0):
+        held = number == number.min()
     if len(pool) and held.all():
         raise DataError(
             "no row is left to train on: all were held out",

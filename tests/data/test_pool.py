@@ -276,6 +276,17 @@ def test_split_depends_on_content_alone(tmp_path):
     assert set(contents(split_heldout(few, 0.1, 0)[1])) <= set(contents(split_heldout(few, 0.3, 0)[1]))
 
 
+def test_a_small_pool_holds_out_one_row(tmp_path):
+    """The one that a larger share would take first; a pool that says one thing only keeps it."""
+    few = pool_of(tmp_path, alpaca(range(6)))
+    train, held = split_heldout(few, 1e-9, 0)
+    assert (len(train), len(held)) == (5, 1)
+    shares = [set(contents(split_heldout(few, share, 0)[1])) for share in (0.2, 0.4, 0.6)]
+    assert all(set(contents(held)) <= larger for larger in shares)
+    same = pool_of(tmp_path, alpaca([1]) * 3, "same")
+    assert [len(part) for part in split_heldout(same, 1e-9, 0)] == [3, 0]
+
+
 def test_equal_rows_never_lie_on_both_sides(tmp_path):
     pool = pool_of(tmp_path, [row | {"id": n} for n, row in enumerate(alpaca(range(100)) * 3)])
     train, held = split_heldout(pool, 0.3, 0)
