@@ -78,6 +78,7 @@ def test_the_list_as_json_holds_what_the_files_say(capsys: pytest.CaptureFixture
                 "q_tuning",
                 "neftune",
                 "clinical_cpt_sft",
+                "long_output_min",
                 "riff_paraphrase",
             },
         ),

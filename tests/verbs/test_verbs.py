@@ -178,7 +178,7 @@ def test_random_selection_needs_no_model(rows_file, tmp_path, tiny_dir):
 @pytest.mark.parametrize(
     ("recipe", "knobs", "trained", "steps"),
     [
-        ("ifd", ["select.warmup=8", "select.warmup_batch_size=4", "select.warmup_epochs=2"], 16, 4),
+        ("ifd", [f"select.warmup{knob}" for knob in ("=8", "_clusters=4", "_batch_size=4", "_epochs=2")], 16, 4),
         ("dac_iter", ["select.picker.rounds=3", "select.picker.epochs=2", "select.picker.batch_size=4"], 24, 6),
         ("learning_percentage", ["select.epochs=3", "select.batch_size=8"], 72, 9),
         ("trim", ["select.warmup=0.25", "select.warmup_epochs=1"], 6, 1),
