@@ -52,7 +52,7 @@ def index(found: list[Recipe]) -> str:
         "Every recipe runs as `ftrun train recipe=NAME`; those that choose a `select` component also as `ftrun select recipe=NAME`. "
         "Any slot can be swapped on the command line. See also [components](components.md) and [settings](settings.md).\n\n"
         + _table(["recipe", "components", "year", "fidelity", "good for"], rows)
-        + "\nFidelity: **reference-checked** follows the authors' code as read, with its properties and formulas tested (what ran beside that code: [benchmarks](../scripts/README.md#beside-the-authors-code)); **from-paper** follows the paper's text; "
+        + "\nFidelity: **reference-checked** follows the authors' code as read, with its properties and formulas tested (what ran beside that code stands in scripts/README.md); **from-paper** follows the paper's text; "
         "**reconstruction** fills in what the paper leaves open.\n"
     )
 
