@@ -63,17 +63,20 @@ class WeightLog:
     def _examples(self, batch: Batch, factors: np.ndarray, order: np.ndarray) -> list[Example]:
         """The first tokens of ``order`` with what stands around them in the input that the model saw."""
         targets, found = batch.targets, dict[int, Example]()
+        # brought over whole: single numbers read off a GPU would each wait for it
+        flat = [part.cpu().numpy() for part in (targets.ids, targets.row, targets.sequence, targets.position)]
+        inputs, sequences, index = (p.cpu().numpy() for p in (batch.input_ids, batch.sequence, batch.table_index))
         for at in order[: 40 * EXAMPLES].tolist():
-            token, row, sequence = (int(part[at]) for part in (targets.ids, targets.row, targets.sequence))
+            token, row, sequence, before = (int(part[at]) for part in flat)
             if token in found:
                 continue
-            here = batch.sequence[row] == sequence
-            position = int(targets.position[at]) + 1  # the state before a token predicts it
+            here = sequences[row] == sequence
+            position = before + 1  # the state before a token predicts it
             parts = [slice(max(0, position - CONTEXT), position)]
             if batch.own_targets is None:  # else what is predicted need not come next
                 parts.append(slice(position + 1, position + 1 + CONTEXT))
-            around = [self.tokenizer.decode(batch.input_ids[row, part][here[part]].tolist()) for part in parts]
-            record = int(self.record[int(batch.table_index[sequence])])
+            around = [self.tokenizer.decode(inputs[row, part][here[part]].tolist()) for part in parts]
+            record = int(self.record[index[sequence]])
             found[token] = Example(
                 float(factors[at]), record, around[0], self.tokenizer.decode([token]), "".join(around[1:])
             )
