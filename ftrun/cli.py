@@ -81,7 +81,7 @@ def entry(argv: Sequence[str]) -> int:
             print(HELP, end="")
             return 0
         if argv[0] == "--version":
-            from ftrun.lockfile import version
+            from ftrun.runs.lockfile import version
 
             print(f"ftrun {version('ftrun') or 'from a checkout'}")
             return 0

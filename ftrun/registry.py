@@ -26,13 +26,13 @@ PACKAGE = Path(__file__).parent
 SLOTS = {
     "select": "select/scorers",
     "picker": "select/pickers",
-    "tokens": "tokens",
+    "tokens": "tokens/policies",
     "adapter": "adapters",
     "quant": "quant",
     "objective": "objectives",
     "optim": "optim",
     "schedule": "schedules",
-    "eval": "evaluation",
+    "eval": "evaluation/evaluators",
 }
 
 # slots that take several components at once, as in tokens=[token_cleaning,talr], and what makes one of them

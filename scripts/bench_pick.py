@@ -59,9 +59,9 @@ def pick(name: str, count: int, width: int, share: float) -> dict[str, Any]:
 
     from ftrun import registry
     from ftrun.config.settings import LaunchConfig, Settings
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.select.base import Budget, Table
-    from ftrun.select.scoring import Scoring
+    from ftrun.select.scoring.engine import Scoring
     from ftrun.training.distributed import Team
     from ftrun.training.progress import Reporter
 

@@ -138,9 +138,9 @@ class Engine:
 
     def scores(self, rows: list[dict[str, str]]) -> list[float]:
         from ftrun.config.compose import load
-        from ftrun.context import Context
+        from ftrun.runs.context import Context
         from ftrun.data.pool import load_pool
-        from ftrun.select.scoring import Scoring
+        from ftrun.select.scoring.engine import Scoring
 
         file = self.folder / "chunk.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))

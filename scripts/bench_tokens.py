@@ -49,11 +49,11 @@ class Contender:
 
 def contenders(rows: Path, model: str, batch: int, names: list[str], folder: Path) -> list[Contender]:
     """A trainer a method."""
-    from ftrun.chain import Chain
+    from ftrun.stages.chain import Chain
     from ftrun.config.compose import load
     from ftrun.data.pool import load_pool
     from ftrun.training.signals import StopSignals
-    from ftrun.verbs.trained import plain_context
+    from ftrun.runs.trained import plain_context
 
     made: list[Contender] = []
     for name in names:

@@ -255,7 +255,7 @@ def test_limits_of_a_container_count(tmp_path):
 @pytest.mark.parametrize("where", ["backward", "optimizer", "loading", "selection"])
 def test_allocation_failure(where, ftrun_train, tmp_path, monkeypatch):
     """A real refusal of torch's allocator at every stage: code 4, what was asked for, what to change."""
-    from ftrun import chain
+    from ftrun.stages import chain
     from ftrun.optim.adamw import AdamW
     from ftrun.training import loop
 
@@ -333,8 +333,8 @@ def test_a_file_that_the_system_will_not_let_grow(line, tmp_path):
 # ---- stopping ----
 
 SLOW_STEPS = "from ftrun.training import loop\nimport time\nplain = loop.Trainer._backward\ndef slow(self, *rest):\n    print('in a step', file=sys.stderr, flush=True); time.sleep({seconds}); return plain(self, *rest)\nloop.Trainer._backward = slow"
-SLOW_READING = "import ftrun.chain as chain, time\nplain = chain.load_pool\ndef slow(*rest):\n    print('in a step', file=sys.stderr, flush=True); time.sleep(60); return plain(*rest)\nchain.load_pool = slow"
-SLOW_SCORING = "from ftrun.select.scoring import Scoring\nimport time\nplain = Scoring._compute\ndef slow(self, *rest):\n    done = plain(self, *rest)\n    if self.computed > 8:\n        print('in a step', file=sys.stderr, flush=True); time.sleep(60)\n    return done\nScoring._compute = slow"
+SLOW_READING = "import ftrun.stages.chain as chain, time\nplain = chain.load_pool\ndef slow(*rest):\n    print('in a step', file=sys.stderr, flush=True); time.sleep(60); return plain(*rest)\nchain.load_pool = slow"
+SLOW_SCORING = "from ftrun.select.scoring.engine import Scoring\nimport time\nplain = Scoring._compute\ndef slow(self, *rest):\n    done = plain(self, *rest)\n    if self.computed > 8:\n        print('in a step', file=sys.stderr, flush=True); time.sleep(60)\n    return done\nScoring._compute = slow"
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
@@ -396,7 +396,7 @@ def test_stopped_outside_training(stage, number, code, status, line, tmp_path):
 
 def test_a_library_that_rewords_an_interrupt(ftrun_train, tmp_path, monkeypatch):
     """Libraries catch every Exception and raise their own: the user pressed Ctrl-C all the same."""
-    from ftrun import chain
+    from ftrun.stages import chain
 
     def reworded(*_):
         try:
@@ -431,7 +431,7 @@ def test_no_run_to_resume(ftrun_train, tmp_path):
 
 
 def test_a_second_run_leaves_the_first_alone(ftrun_train, tmp_path):
-    from ftrun.artifacts import RunLock
+    from ftrun.runs.artifacts import RunLock
 
     with RunLock(tmp_path / "run"):
         code, said = ftrun_train()
@@ -470,7 +470,7 @@ def test_failed_run_goes_on(ftrun_train, tmp_path, monkeypatch):
 
 
 def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(ftrun_train, tmp_path, monkeypatch):
-    from ftrun import recorded
+    from ftrun.runs import recorded
 
     monkeypatch.setattr(recorded, "write_report", lambda out: 1 / 0)
     assert ftrun_train()[0] == 0
@@ -480,7 +480,7 @@ def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(ftrun_train, tmp_pa
 
 def test_unforeseen_failure_in_a_sweep(line, tmp_path, monkeypatch, capsys):
     """The other jobs go on, and Hydra's traceback stays away."""
-    from ftrun import chain
+    from ftrun.stages import chain
 
     plain = chain.load_pool
     monkeypatch.chdir(tmp_path)

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from ftrun import stagecache
-from ftrun.artifacts import MANIFEST
-from ftrun.context import cache_dir
+from ftrun.runs import stagecache
+from ftrun.runs.artifacts import MANIFEST
+from ftrun.runs.context import cache_dir
 
 
 @pytest.fixture

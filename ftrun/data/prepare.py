@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ftrun.artifacts import MANIFEST, digest, disk_guard, sha256, whole_folder
+from ftrun.runs.artifacts import MANIFEST, digest, disk_guard, sha256, whole_folder
 from ftrun.config.settings import DataConfig
 from ftrun.data.encode import tokenizer_fingerprint
 from ftrun.data.pool import Pool

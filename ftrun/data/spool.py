@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ftrun.artifacts import disk_guard
+from ftrun.runs.artifacts import disk_guard
 from ftrun.data.records import Record
 from ftrun.data.sources import Raw
 from ftrun.errors import DataError

@@ -16,7 +16,7 @@ from ftrun.models.fast import packs_for_free
 from ftrun.models.head import LOGITS_BYTES
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
 
 

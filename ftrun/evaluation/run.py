@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftrun.artifacts import strict, write_json, write_text
+from ftrun.runs.artifacts import strict, write_json, write_text
 from ftrun.errors import ConfigError
 from ftrun.evaluation.base import Evaluation, Evaluator, Metric
 from ftrun.reporting.changes import higher_is_better
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
 
 Results = dict[str, dict[str, dict[str, Any]]]

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from ftrun.context import cache_dir
+from ftrun.runs.context import cache_dir
 from ftrun.errors import ConfigError, nearest
 from ftrun.models.gguf import CONVERSION, convert_once
 

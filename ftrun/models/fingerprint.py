@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from ftrun.context import cache_dir
+from ftrun.runs.context import cache_dir
 from ftrun.models.source import tokenizer_files, weight_files
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ftrun.context import cache_dir
+from ftrun.runs.context import cache_dir
 from ftrun.errors import ConfigError, ResourceError
 
 CONVERSION = "1"  # part of a cached folder's name: raise it when the conversion changes

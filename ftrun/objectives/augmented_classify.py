@@ -18,7 +18,7 @@ from ftrun.registry import register
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ftrun.config.settings import Settings
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.models.bundle import Bundle
     from ftrun.training.view import StepView

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ftrun import stagecache
+from ftrun.runs import stagecache
 from ftrun.config.settings import Settings
-from ftrun.context import cache_dir
+from ftrun.runs.context import cache_dir
 from ftrun.data.batches import Batch
 from ftrun.data.pool import load_pool
 from ftrun.errors import ConfigError, DataError
@@ -21,12 +21,12 @@ from ftrun.objectives.base import Loss
 from ftrun.objectives.future_heads import FutureHeads, HeadTraining, watched_layers
 from ftrun.objectives.sft import Sft
 from ftrun.registry import register
-from ftrun.select.inner import prepared_rows
-from ftrun.select.scoring import Scoring
+from ftrun.select.trials.inner import prepared_rows
+from ftrun.select.scoring.engine import Scoring
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
     from ftrun.training.progress import Reporter

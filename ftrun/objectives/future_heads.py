@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ftrun import registry
 from ftrun.adapters.base import Adapter
 from ftrun.adapters.peft_adapter import seeded
-from ftrun.artifacts import digest
+from ftrun.runs.artifacts import digest
 from ftrun.config.settings import TrainConfig
 from ftrun.data.batches import Batch
 from ftrun.errors import ConfigError
@@ -31,7 +31,7 @@ from ftrun.training.signals import StopSignals
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
 

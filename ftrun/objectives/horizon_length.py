@@ -18,7 +18,7 @@ from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
     from ftrun.config.settings import Settings
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
 
 HORIZON = "horizon"  # what tokens=fill_in_the_middle remembers

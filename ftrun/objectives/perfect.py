@@ -19,7 +19,7 @@ from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
     from ftrun.config.settings import Settings
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
 
 DEVIATION = 1e-4  # of the label embeddings at the start

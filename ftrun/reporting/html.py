@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ftrun.artifacts import write_text
+from ftrun.runs.artifacts import write_text
 from ftrun.reporting import numbers
 from ftrun.reporting.choice import selection_section
 from ftrun.reporting.curves import training_section

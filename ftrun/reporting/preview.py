@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ftrun.artifacts import write_text
+from ftrun.runs.artifacts import write_text
 from ftrun.reporting.html import page
 from ftrun.reporting.markup import tag
 from ftrun.reporting.weights import is_special, legend, level, token_markup

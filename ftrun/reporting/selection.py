@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ftrun.artifacts import write_text
+from ftrun.runs.artifacts import write_text
 from ftrun.reporting import numbers
 from ftrun.reporting.choice import AUDITED, example_rows, figure, length_figure, other_columns, rows_group
 from ftrun.reporting.histograms import histogram

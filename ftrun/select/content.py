@@ -14,7 +14,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ftrun.select.scorers.random import row_numbers
-from ftrun.select.texts import row_text
+from ftrun.select.scoring.texts import row_text
 
 if TYPE_CHECKING:
     from ftrun.data.pool import Pool

@@ -9,13 +9,13 @@ import numpy as np
 
 from ftrun.errors import ConfigError
 from ftrun.select.content import WORD, text_of
-from ftrun.select.embed import embed_rows
-from ftrun.select.greedy import seconds_for, spoken
+from ftrun.select.geometry.embed import embed_rows
+from ftrun.select.geometry.greedy import seconds_for, spoken
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
     from ftrun.select.base import Table
 

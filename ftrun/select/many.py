@@ -12,16 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from ftrun.artifacts import write_text
-from ftrun.chain import Chain
+from ftrun.runs.artifacts import write_text
+from ftrun.stages.chain import Chain
 from ftrun.config.compose import Composed
 from ftrun.config.settings import Settings
-from ftrun.context import Context
+from ftrun.runs.context import Context
 from ftrun.data.pool import Pool
-from ftrun.recorded import carry_out
+from ftrun.runs.recorded import carry_out
 from ftrun.select.content import Content
 from ftrun.select.run import written_beside
-from ftrun.select.shared import Shared, scoring_model
+from ftrun.select.scoring.shared import Shared, scoring_model
 from ftrun.training.signals import StopSignals
 
 

@@ -13,7 +13,7 @@ from ftrun.select.pickers.own import Own
 
 if TYPE_CHECKING:
     from ftrun.config.settings import Settings
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ftrun.artifacts import digest
-from ftrun.context import cache_dir
+from ftrun.runs.artifacts import digest
+from ftrun.runs.context import cache_dir
 from ftrun.data.pool import Pool, load_pool
 from ftrun.errors import ConfigError
 

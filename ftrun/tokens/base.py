@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.records import Message, Record
     from ftrun.data.tokens import TokenTable

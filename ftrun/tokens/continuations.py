@@ -13,11 +13,11 @@ from ftrun.data.batches import cut_batches
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ComponentError
-from ftrun.evaluation.generation import Generation, stop_ids
-from ftrun.select.scoring import Scoring
+from ftrun.evaluation.evaluators.generation import Generation, stop_ids
+from ftrun.select.scoring.engine import Scoring
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.models.bundle import Bundle
 

@@ -10,7 +10,7 @@ import numpy as np
 from ftrun.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
 
 
 def edited_rows(ctx: Context) -> list[dict[str, Any]]:

@@ -15,15 +15,15 @@ from ftrun.data.batches import Batch, collate
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import DataError
-from ftrun.evaluation.generation import Generation, OwnNoise, stop_ids
+from ftrun.evaluation.evaluators.generation import Generation, OwnNoise, stop_ids
 from ftrun.evaluation.run import evaluating
 from ftrun.objectives.base import Kind, Loss, Objective
-from ftrun.select.inner import InnerTraining
-from ftrun.select.scoring import Scoring, segments
+from ftrun.select.trials.inner import InnerTraining
+from ftrun.select.scoring.engine import Scoring, segments
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
 
 EPSILON = 1e-12  # added to the standard deviation of the rewards

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from ftrun.artifacts import digest, write_json
+from ftrun.runs.artifacts import digest, write_json
 from ftrun.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
 
 FILE, ORIGIN = "tokens.parquet", "tokens.json"

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ftrun.context import cache_dir
+from ftrun.runs.context import cache_dir
 from ftrun.data.pool import Pool, load_pool
 from ftrun.data.roles import ROLES
 from ftrun.errors import ComponentError, ConfigError, DataError
@@ -22,7 +22,7 @@ from ftrun.tokens.reuse import FILE, Lines, read_tokens, write_origin
 from ftrun.tokens.several import Several
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
 
 SCHEMA = pa.schema(

@@ -14,7 +14,7 @@ from ftrun.errors import ConfigError
 from ftrun.tokens.base import TokenPolicy
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.records import Record
     from ftrun.data.tokens import TokenTable

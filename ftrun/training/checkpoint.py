@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftrun.adapters.base import Adapter
-from ftrun.artifacts import MANIFEST, is_whole, whole_folder, write_json
+from ftrun.runs.artifacts import MANIFEST, is_whole, whole_folder, write_json
 from ftrun.errors import CheckpointError
 
 

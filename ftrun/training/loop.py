@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftrun.adapters.base import Adapter
-from ftrun.artifacts import strict
-from ftrun.context import Context
+from ftrun.runs.artifacts import strict
+from ftrun.runs.context import Context
 from ftrun.data.batches import Batch, Plan, micro_batches, token_budget
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError, DataError, Interrupted, Preempted

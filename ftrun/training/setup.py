@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ftrun.adapters.base import Adapter
-from ftrun.context import Context
+from ftrun.runs.context import Context
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError
 from ftrun.models.bundle import Bundle

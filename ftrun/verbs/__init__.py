@@ -69,7 +69,7 @@ def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -
 
 def run_together(methods: Sequence[Composed], overrides: Sequence[str]) -> dict[str, Any]:
     """Select by several recipes in one run. Raises FtrunError."""
-    from ftrun.artifacts import new_run_folder
+    from ftrun.runs.artifacts import new_run_folder
     from ftrun.training import launch
 
     for composed in methods:
@@ -93,14 +93,14 @@ def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str,
         raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
     if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
         return _run_processes(verb, settings, overrides)
-    from ftrun.chain import run
+    from ftrun.stages.chain import run
 
     return run(composed, verb, ["ftrun", verb, *overrides])
 
 
 def _run_processes(verb: str, settings: Settings, overrides: list[str]) -> dict[str, Any]:
     """Start the processes with the same overrides and one run folder, and hand their outcome on."""
-    from ftrun.artifacts import new_run_folder
+    from ftrun.runs.artifacts import new_run_folder
     from ftrun.training import launch
 
     out = settings.resume or settings.out or str(new_run_folder(settings.recipe, settings.as_dict()))

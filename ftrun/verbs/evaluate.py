@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ftrun.artifacts import RunLock, write_json
-from ftrun.chain import Chain
+from ftrun.runs.artifacts import RunLock, write_json
+from ftrun.stages.chain import Chain
 from ftrun.config.compose import Composed
 from ftrun.config.saved import load_settings
 from ftrun.errors import ConfigError
 from ftrun.reporting.terminal import results_table
 from ftrun.training.signals import StopSignals
-from ftrun.verbs.trained import load_trained, plain_context
+from ftrun.runs.trained import load_trained, plain_context
 
 
 def evaluate(composed: Composed, overrides: Sequence[str]) -> dict[str, Any]:

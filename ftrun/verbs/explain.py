@@ -10,10 +10,10 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from ftrun.artifacts import strict
+from ftrun.runs.artifacts import strict
 from ftrun.config.explain import parse
 from ftrun.config.saved import load_settings
-from ftrun.context import cache_dir
+from ftrun.runs.context import cache_dir
 from ftrun.data.pool import Pool, load_pool
 from ftrun.errors import ConfigError, DataError, nearest
 from ftrun.reporting import numbers

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ftrun.artifacts import whole_folder
+from ftrun.runs.artifacts import whole_folder
 from ftrun.config.compose import Composed
 from ftrun.config.saved import load_settings
 from ftrun.config.settings import Settings
 from ftrun.models.quiet import without_bars
-from ftrun.verbs.trained import load_trained, plain_context
+from ftrun.runs.trained import load_trained, plain_context
 
 
 def merge(composed: Composed) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftrun.chain import Chain, logical_parameters
+from ftrun.stages.chain import Chain, logical_parameters
 from ftrun.config.compose import Composed
 from ftrun.config.settings import Settings
 from ftrun.config.values import parse_budget
@@ -24,7 +24,7 @@ from ftrun.select.order import picker_of
 from ftrun.training import estimate
 from ftrun.training.memory import available_bytes
 from ftrun.training.signals import StopSignals
-from ftrun.verbs.trained import plain_context
+from ftrun.runs.trained import plain_context
 
 
 @dataclass

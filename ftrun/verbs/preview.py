@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftrun.chain import Chain
+from ftrun.stages.chain import Chain
 from ftrun.config.compose import Composed
 from ftrun.config.settings import Settings
 from ftrun.data.batches import best_fit_decreasing, token_budget
@@ -18,7 +18,7 @@ from ftrun.data.tokens import TokenTable
 from ftrun.models.load import load_tokenizer
 from ftrun.reporting.preview import PreviewRow, preview_html, preview_terminal
 from ftrun.training.signals import StopSignals
-from ftrun.verbs.trained import plain_context
+from ftrun.runs.trained import plain_context
 
 ROWS = 8
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ftrun.artifacts import MANIFEST
+from ftrun.runs.artifacts import MANIFEST
 from ftrun.config.settings import DataConfig
 from ftrun.data.pool import load_pool
 from ftrun.data.prepare import NO_ROOM, TOO_LONG, prepare

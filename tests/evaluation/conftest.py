@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ftrun.config.settings import Settings
-from ftrun.context import Context
+from ftrun.runs.context import Context
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.models.architecture import describe
 from ftrun.models.bundle import Bundle

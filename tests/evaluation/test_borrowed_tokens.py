@@ -9,9 +9,9 @@ from made_up_rows import Rows
 from ftrun.data.records import Message, Record
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation import borrowed_tokens as module
-from ftrun.evaluation.borrowed_tokens import BorrowedTokens, borrowed
-from ftrun.evaluation.token_shift import Answer, TokenShift
+from ftrun.evaluation.evaluators import borrowed_tokens as module
+from ftrun.evaluation.evaluators.borrowed_tokens import BorrowedTokens, borrowed
+from ftrun.evaluation.evaluators.token_shift import Answer, TokenShift
 
 
 def answer(id: int, tokens: list[int], rank: list[int]) -> Answer:

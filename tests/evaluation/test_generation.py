@@ -13,7 +13,7 @@ from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation import answers
-from ftrun.evaluation.generation import Generation
+from ftrun.evaluation.evaluators.generation import Generation
 
 
 @dataclass
@@ -118,7 +118,7 @@ def test_sampling_depends_on_the_seed_only(bundle, context, rows):
 
 
 def test_sampling_follows_the_softmax():
-    from ftrun.evaluation.generation import OwnNoise
+    from ftrun.evaluation.evaluators.generation import OwnNoise
 
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     noise = OwnNoise([[1]], 2.0, seed=0)

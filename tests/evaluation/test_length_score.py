@@ -9,8 +9,8 @@ from made_up_rows import Rows
 from ftrun.data.records import Message, Record
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.length_score import LengthScore
-from ftrun.select.lengths import length_score, text_length
+from ftrun.evaluation.evaluators.length_score import LengthScore
+from ftrun.select.scoring.lengths import length_score, text_length
 
 
 def rows(*prompts: str) -> Rows:

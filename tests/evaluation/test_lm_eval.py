@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from ftrun.errors import ComponentError, ConfigError
-from ftrun.evaluation.lm_eval import LmEval
-from ftrun.evaluation.multiple_choice import MultipleChoice
+from ftrun.evaluation.evaluators.lm_eval import LmEval
+from ftrun.evaluation.evaluators.multiple_choice import MultipleChoice
 
 ROWS = [
     {"question": "what is 2 plus 2", "choices": ["yes", "the lazy dog 4", "no no no"], "answer": 1},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.multiple_choice import MultipleChoice
+from ftrun.evaluation.evaluators.multiple_choice import MultipleChoice
 
 ROWS = [
     {"question": "what is 2 plus 2", "choices": ["yes", "the lazy dog 4", "no no no", "9"], "answer": 1},

@@ -12,8 +12,8 @@ import torch
 from ftrun.config import compose
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError
-from ftrun.evaluation.heldout import Heldout
-from ftrun.evaluation.perturbation import Perturbation, noise
+from ftrun.evaluation.evaluators.heldout import Heldout
+from ftrun.evaluation.evaluators.perturbation import Perturbation, noise
 
 
 def bits(bundle) -> dict[str, np.ndarray]:

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation import proofread as module
-from ftrun.evaluation.generation import Generation
-from ftrun.evaluation.proofread import NO_ERROR, SAME_MEANING, Proofread, _ids_of, without_punctuation
+from ftrun.evaluation.evaluators import proofread as module
+from ftrun.evaluation.evaluators.generation import Generation
+from ftrun.evaluation.evaluators.proofread import NO_ERROR, SAME_MEANING, Proofread, _ids_of, without_punctuation
 
 SOURCES, CLEAN = ["teh fox", "the dog.", "a fxo", "yes"], ["the fox", "the dog.", "A fox!", "yes"]
 SAYS = ["the fox", "the dgo.", "a fox", "yes"]

@@ -7,7 +7,7 @@ import pytest
 
 import ftrun
 from ftrun.errors import ConfigError
-from ftrun.evaluation.prototypes import class_means, similarities
+from ftrun.evaluation.evaluators.prototypes import class_means, similarities
 
 
 def unit(vector: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 
 from ftrun.errors import ConfigError
 from ftrun.evaluation.base import Evaluation, Evaluator, Metric
-from ftrun.evaluation.heldout import Heldout
+from ftrun.evaluation.evaluators.heldout import Heldout
 from ftrun.evaluation.run import evaluate_all
 
 

@@ -16,7 +16,7 @@ from ftrun.config import compose
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.token_shift import Answer, TokenShift, details, plain_ids, shift
+from ftrun.evaluation.evaluators.token_shift import Answer, TokenShift, details, plain_ids, shift
 from ftrun.models.bundle import Bundle
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError
-from ftrun.evaluation.generation import Generation
-from ftrun.evaluation.tool_calls import ToolCalls
+from ftrun.evaluation.evaluators.generation import Generation
+from ftrun.evaluation.evaluators.tool_calls import ToolCalls
 
 
 class Rows:

@@ -9,7 +9,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.urial import EXAMPLES, FENCE, STOPS, OwnPenalty, SaysOneOf, Urial, cut, prompt_text
+from ftrun.evaluation.evaluators.urial import EXAMPLES, FENCE, STOPS, OwnPenalty, SaysOneOf, Urial, cut, prompt_text
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def rows() -> Rows:
 @pytest.fixture
 def roomy(bundle, monkeypatch):
     """The prompt is long in bytes; a short one keeps to the tiny model's context."""
-    monkeypatch.setattr("ftrun.evaluation.urial.SYSTEM", "answer")
+    monkeypatch.setattr("ftrun.evaluation.evaluators.urial.SYSTEM", "answer")
     return bundle
 
 

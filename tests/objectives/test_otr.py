@@ -23,7 +23,7 @@ from ftrun.models.load import load_bundle
 from ftrun.objectives import otr
 from ftrun.objectives.otr import Otr, draw_
 from ftrun.objectives.sft import Sft
-from ftrun.tokens.dft import Dft
+from ftrun.tokens.policies.dft import Dft
 from ftrun.training.view import StepView
 
 

@@ -100,7 +100,7 @@ def test_nf4_bits_are_what_is_stored(load, double, bits):
 
 
 def test_nf4_has_sixteen_levels_a_block_an_exact_zero_and_both_ends(load):
-    from ftrun.adapters.loftq import dequantised
+    from ftrun.adapters.starts.loftq import dequantised
 
     weight = dequantised(load("nf4", double_quant=False).model.layers[0].self_attn.q_proj.weight)
     whole = load().model.layers[0].self_attn.q_proj.weight.detach()
@@ -213,7 +213,7 @@ def test_ia3_on_nf4(load):
 
 def lora_weights(model, whole):
     """Per adapted linear: full weight, dequantised base, base plus adapter."""
-    from ftrun.adapters.loftq import dequantised
+    from ftrun.adapters.starts.loftq import dequantised
 
     for name, layer in model.get_base_model().named_modules():
         if hasattr(layer, "lora_A"):
@@ -226,7 +226,7 @@ def lora_weights(model, whole):
 @pytest.mark.parametrize("knobs", [{}, {"lora_alpha": 3, "use_rslora": True}])
 def test_loftq_is_nearer_to_the_full_weights_than_rounding_and_nearer_with_more_rounds(load, knobs):
     whole, plain = linears(load()), linears(load("nf4"))
-    from ftrun.adapters.loftq import dequantised
+    from ftrun.adapters.starts.loftq import dequantised
 
     rounding = sum((whole[n].weight - dequantised(m.weight)).norm() ** 2 for n, m in plain.items() if n != "lm_head")
     errors = []
@@ -241,7 +241,7 @@ def test_loftq_is_nearer_to_the_full_weights_than_rounding_and_nearer_with_more_
 def test_one_loftq_round_keeps_the_quantised_base_and_fits_its_error_best(load):
     """The squared error left is the tail of the singular values of W - Q (Eckart-Young)."""
     whole, plain = linears(load()), linears(load("nf4"))
-    from ftrun.adapters.loftq import dequantised
+    from ftrun.adapters.starts.loftq import dequantised
 
     _, model = attach(load("nf4"), init_lora_weights="loftq")
     same = [dequantised(m.weight) for n, m in plain.items() if n != "lm_head"]

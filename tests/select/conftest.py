@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from ftrun.config.settings import DataConfig, SelectConfig, Settings
-from ftrun.context import Context
+from ftrun.runs.context import Context
 from ftrun.data.pool import Pool, load_pool
 from ftrun.models.architecture import describe
 from ftrun.models.bundle import Bundle
-from ftrun.select.scoring import Scoring
+from ftrun.select.scoring.engine import Scoring
 from ftrun.training.progress import Reporter
 
 

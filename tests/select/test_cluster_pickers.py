@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ftrun.errors import ConfigError
-from ftrun.select import cluster as clustering
+from ftrun.select.geometry import cluster as clustering
 from ftrun.select.base import Budget, Table
-from ftrun.select.cluster import assign, cluster_rows, in_turns, places_within
+from ftrun.select.geometry.cluster import assign, cluster_rows, in_turns, places_within
 from ftrun.select.pickers.cluster_share import ClusterShare
 from ftrun.select.pickers.dac_iter import DacIter
 from ftrun.select.pickers.deft_ucs import DeftUcs

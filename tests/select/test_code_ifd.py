@@ -9,7 +9,7 @@ from ftrun.data.batches import micro_batches
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.select.base import Table
 from ftrun.select.scorers.code_ifd import CodeIfd
-from ftrun.select.texts import read_turns
+from ftrun.select.scoring.texts import read_turns
 
 
 def mean_loss(bundle, plain_nll, context: list[int], target: list[int]) -> float:

@@ -15,9 +15,9 @@ from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError
 from ftrun.models.fast import speed_up
 from ftrun.select.base import Budget, Table
-from ftrun.select.cluster import in_turns
+from ftrun.select.geometry.cluster import in_turns
 from ftrun.select.pickers.dac_iter import DacIter, cluster_means, part_of, weighted_turns
-from ftrun.select.rewards import likelihood, reward
+from ftrun.select.trials.rewards import likelihood, reward
 
 QUICK = {"clusters": 4, "max_new_tokens": 4, "epochs": 1, "batch_size": 4, "learning_rate": 1e-2}
 

@@ -122,7 +122,7 @@ def test_a_model_that_ignores_its_context_finds_no_use(rows, make_pool, context,
 
 def test_distances_lie_between_0_and_1(rows, make_pool, context):
     from ftrun.select.scorers.delift import Pairs
-    from ftrun.select.texts import read_turns
+    from ftrun.select.scoring.texts import read_turns
 
     pool, ctx = make_pool(rows), context()
     pairs = Pairs(read_turns(pool, ctx, "plain"), len(pool), ctx, 2048)
@@ -144,7 +144,7 @@ def test_it_says_how_much_there_is_to_do(rows, make_pool, context):
 
 def test_blocks_do_not_change_a_score(rows, make_pool, context, monkeypatch):
     whole = Delift().score(make_pool(rows[:8]), context())["utility"]
-    monkeypatch.setattr("ftrun.select.incontext.BLOCK_TOKENS", 500)
+    monkeypatch.setattr("ftrun.select.trials.incontext.BLOCK_TOKENS", 500)
     np.testing.assert_array_equal(Delift().score(make_pool(rows[:8]), context())["utility"], whole)
 
 

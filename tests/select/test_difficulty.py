@@ -8,7 +8,7 @@ import pytest
 from ftrun.select.base import Table
 from ftrun.select.scorers.ifd import Ifd
 from ftrun.select.scorers.superfiltering import Superfiltering
-from ftrun.select.texts import added_ids
+from ftrun.select.scoring.texts import added_ids
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ftrun.select.embed import embed_rows, embed_texts
-from ftrun.select.scoring import Scoring
+from ftrun.select.geometry.embed import embed_rows, embed_texts
+from ftrun.select.scoring.engine import Scoring
 
 
 def test_mean_of_the_last_states_at_unit_length(rows, make_pool, context, bundle):

@@ -9,7 +9,7 @@ import pytest
 
 from ftrun.config.settings import SelectConfig
 from ftrun.errors import ConfigError
-from ftrun.select.embed import embed_pieces
+from ftrun.select.geometry.embed import embed_pieces
 from ftrun.select.scorers.got_d import GotD, calibrated, row_means
 
 

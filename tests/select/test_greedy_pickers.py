@@ -7,7 +7,7 @@ import pytest
 
 from ftrun.errors import ConfigError
 from ftrun.select.base import Budget, Table
-from ftrun.select.greedy import Goal, block_by_block, spoken
+from ftrun.select.geometry.greedy import Goal, block_by_block, spoken
 from ftrun.select.pickers import facility_location, k_center
 from ftrun.select.pickers.facility_location import FacilityLocation, Near, lazy_greedy, stochastic_greedy
 from ftrun.select.pickers.k_center import KCenter, farthest_first

@@ -9,7 +9,7 @@ import pytest
 
 from ftrun.config.settings import DataConfig, SelectConfig
 from ftrun.errors import ComponentError, ConfigError, DataError
-from ftrun.select import incontext
+from ftrun.select.trials import incontext
 from ftrun.select.scorers import icon
 from ftrun.select.scorers.icon import Icon, first_difference, label, random_text, squashed
 

@@ -16,11 +16,11 @@ from ftrun.data.batches import Plan
 from ftrun.errors import ConfigError, DataError
 from ftrun.models.fast import speed_up
 from ftrun.select.base import Budget, Table
-from ftrun.select.inner import prepared_rows
+from ftrun.select.trials.inner import prepared_rows
 from ftrun.select.pickers.igf import Igf as Filter
-from ftrun.select.probes import InformationGain
+from ftrun.select.trials.probes import InformationGain
 from ftrun.select.scorers.igf import Igf
-from ftrun.select.secondary import Fit, SecondaryLearner, padded
+from ftrun.select.trials.secondary import Fit, SecondaryLearner, padded
 
 FAST: dict[str, Any] = {"probes": 12, "objective": 4, "learning_rate": 1e-2, "learner_rate": 1e-2, "learner_epochs": 3}
 
@@ -81,7 +81,7 @@ def test_weights_come_back_when_a_probe_fails(table, bundle, context, monkeypatc
             raise KeyboardInterrupt
         return 1.0
 
-    monkeypatch.setattr("ftrun.select.probes.perplexity", dies)
+    monkeypatch.setattr("ftrun.select.trials.probes.perplexity", dies)
     with pytest.raises(KeyboardInterrupt):
         context().scorer.measure(table, "gain", measure)
     assert all(torch.equal(value, before[name]) for name, value in bundle.model.state_dict().items())
@@ -130,13 +130,13 @@ def test_it_learns_and_keeps_its_best_epoch(bundle):
 
 
 def test_long_texts_are_cut_into_parts_that_change_nothing(bundle, monkeypatch):
-    monkeypatch.setattr("ftrun.select.secondary.DROPOUT", 0.0)
+    monkeypatch.setattr("ftrun.select.trials.secondary.DROPOUT", 0.0)
     random = np.random.default_rng(1)
     texts = [random.integers(10, 40, random.integers(3, 9)) for _ in range(24)]
     target = random.normal(size=24)
     learned = []
     for tokens in (8192, 20):
-        monkeypatch.setattr("ftrun.select.secondary.TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr("ftrun.select.trials.secondary.TOKENS_AT_ONCE", tokens)
         torch.manual_seed(0)
         learner = SecondaryLearner(bundle.model.get_input_embeddings().weight, np.arange(10, 40))
         Fit(3, 8, 1e-3, 4).train(learner, texts, target)

@@ -14,8 +14,8 @@ import torch
 
 from ftrun.errors import ConfigError, DataError
 from ftrun.models.fast import speed_up
-from ftrun.select import inner
-from ftrun.select.inner import InnerTraining, by_content, prepared_rows
+from ftrun.select.trials import inner
+from ftrun.select.trials.inner import InnerTraining, by_content, prepared_rows
 from ftrun.training.loop import Trainer
 
 LORA = InnerTraining(epochs=3, learning_rate=1e-2, batch_size=5, lora={"r": 4})

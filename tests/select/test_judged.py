@@ -10,8 +10,8 @@ import torch
 
 from ftrun.errors import ConfigError, DataError
 from ftrun.models.fast import speed_up
-from ftrun.select.next_token import chat_prompt, next_token, word_ids
-from ftrun.select.rollouts import rollouts
+from ftrun.select.scoring.next_token import chat_prompt, next_token, word_ids
+from ftrun.select.trials.rollouts import rollouts
 from ftrun.select.scorers.ppl_response import PplResponse
 from ftrun.select.scorers.select2reason import Select2Reason, rank_share, share_of_top, trace_of, without_repeats
 from ftrun.select.scorers.selectit import RATING_PROMPTS, SelectIt, rating

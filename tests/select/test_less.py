@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from ftrun.errors import ConfigError, DataError, ResourceError
-from ftrun.select import gradients
+from ftrun.select.geometry import gradients
 from ftrun.select.base import Budget, Similarity, Table
-from ftrun.select.gradients import GradientFeatures, Projection
-from ftrun.select.inner import InnerTraining, prepared_rows
+from ftrun.select.geometry.gradients import GradientFeatures, Projection
+from ftrun.select.trials.inner import InnerTraining, prepared_rows
 from ftrun.select.pickers.round_robin import RoundRobin
 from ftrun.select.pickers.top_k import TopK
 from ftrun.select.scorers import less

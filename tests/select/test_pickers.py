@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ftrun.errors import ConfigError
 from ftrun.select.base import Budget, Table
-from ftrun.select.cluster import in_turns
+from ftrun.select.geometry.cluster import in_turns
 from ftrun.select.pickers.kmeans_random import KMeansRandom
 from ftrun.select.pickers.own import Own
 from ftrun.select.pickers.threshold import Threshold

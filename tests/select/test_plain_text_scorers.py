@@ -10,7 +10,7 @@ import pytest
 
 from ftrun.errors import ConfigError
 from ftrun.select.base import Budget, Table
-from ftrun.select.lengths import demanded_lengths, length_score, text_length
+from ftrun.select.scoring.lengths import demanded_lengths, length_score, text_length
 from ftrun.select.pickers.zip import Archive, ZipPicker
 from ftrun.select.scorers.long_output_min import LongOutputMin
 from ftrun.select.scorers.zip import Zip

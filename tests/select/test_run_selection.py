@@ -15,7 +15,7 @@ from ftrun.errors import ConfigError, DataError, ResourceError
 from ftrun.reporting.choice import AUDITED, example_rows
 from ftrun.reporting.run import Run
 from ftrun.select.run import run_selection
-from ftrun.select.scoring import Scoring
+from ftrun.select.scoring.engine import Scoring
 
 
 @pytest.fixture

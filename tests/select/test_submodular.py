@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from ftrun.select.submodular import FacilityLocation, lazy_greedy
+from ftrun.select.geometry.submodular import FacilityLocation, lazy_greedy
 
 
 def value(utility: np.ndarray, chosen: list[int]) -> float:

@@ -10,13 +10,13 @@ import pytest
 from ftrun import cli
 from ftrun.errors import ConfigError
 from ftrun.select.base import Budget, Similarity, Table
-from ftrun.select.nearest import best_places, nearest_rows
+from ftrun.select.geometry.nearest import best_places, nearest_rows
 from ftrun.select.pickers.doubly_greedy import DoublyGreedy
 from ftrun.select.pickers.knn_kde import KnnKde
 from ftrun.select.pickers.knn_uniform import KnnUniform
 from ftrun.select.pickers.round_robin import RoundRobin
 from ftrun.select.pickers.uot import Uot
-from ftrun.select.transport import sinkhorn
+from ftrun.select.geometry.transport import sinkhorn
 
 ROWS, QUERIES = 120, 7
 PICKERS = [
@@ -183,7 +183,7 @@ def plain_sinkhorn(cost: np.ndarray, epsilon: float, penalty: float, rounds: int
 
 @pytest.mark.parametrize("penalty,epsilon", [(0.0001, 0.05), (0.05, 0.05), (np.inf, 0.2)])
 def test_transport_against_a_plain_loop(penalty, epsilon, context, monkeypatch):
-    from ftrun.select import transport
+    from ftrun.select.geometry import transport
 
     monkeypatch.setattr(transport, "ROWS_AT_ONCE", 7)  # several blocks, the last one short
     matrix = made(rows=30).similarity.matrix  # type: ignore[union-attr]

@@ -13,9 +13,9 @@ from ftrun.config.settings import DataConfig, SelectConfig
 from ftrun.data.batches import collate
 from ftrun.errors import ConfigError
 from ftrun.models.attention import states_and_maps
-from ftrun.select.inner import InnerTraining
+from ftrun.select.trials.inner import InnerTraining
 from ftrun.select.scorers.trim import Trim, received, saliency, sharpness
-from ftrun.select.scoring import segments
+from ftrun.select.scoring.engine import segments
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_special_tokens_never_count(make_pool, targeted, bundle):
     row = {"instruction": "what is 1", "output": "yes"}
     ctx = targeted([row])
     scorer = Trim(warmup=0, template="chat")
-    from ftrun.select.texts import read_turns
+    from ftrun.select.scoring.texts import read_turns
 
     table = scorer._sequences(read_turns(make_pool([row]), ctx, "chat"), ctx, 1)[0]
     marks = ["<|im_start|>", "<|im_end|>"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ftrun.config.settings import ModelConfig, Settings
-from ftrun.context import Context
+from ftrun.runs.context import Context
 from ftrun.data.batches import micro_batches
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.models.bundle import Bundle

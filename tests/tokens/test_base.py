@@ -9,14 +9,14 @@ import torch
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.objectives.sft import Sft
 from ftrun.tokens.base import TokenPolicy
-from ftrun.tokens.dft import Dft
-from ftrun.tokens.entropy_weighting import EntropyWeighting
-from ftrun.tokens.forgetting_sft import ForgettingSft
-from ftrun.tokens.pear import Pear
-from ftrun.tokens.rft_shad import RftShad
-from ftrun.tokens.rho1 import Rho1
-from ftrun.tokens.sstoken import SsToken
-from ftrun.tokens.talr import Talr
+from ftrun.tokens.policies.dft import Dft
+from ftrun.tokens.policies.entropy_weighting import EntropyWeighting
+from ftrun.tokens.policies.forgetting_sft import ForgettingSft
+from ftrun.tokens.policies.pear import Pear
+from ftrun.tokens.policies.rft_shad import RftShad
+from ftrun.tokens.policies.rho1 import Rho1
+from ftrun.tokens.policies.sstoken import SsToken
+from ftrun.tokens.policies.talr import Talr
 from ftrun.training.view import StepView
 
 POLICIES = [

@@ -13,7 +13,7 @@ from ftrun.data.pool import load_pool
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
-from ftrun.tokens.cot_with_topic import CotWithTopic
+from ftrun.tokens.policies.cot_with_topic import CotWithTopic
 from ftrun.tokens.run import edit_rows
 
 ROW = {

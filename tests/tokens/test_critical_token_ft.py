@@ -16,8 +16,9 @@ from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation.answers import Check
-from ftrun.tokens import continuations, critical_token_ft
-from ftrun.tokens.critical_token_ft import CriticalTokenFt
+from ftrun.tokens import continuations
+from ftrun.tokens.policies import critical_token_ft
+from ftrun.tokens.policies.critical_token_ft import CriticalTokenFt
 from ftrun.tokens.run import edit_rows, run_tokens
 
 LONGEST = 6

@@ -14,7 +14,7 @@ from ftrun.config.compose import load
 from ftrun.data.batches import micro_batches
 from ftrun.errors import ConfigError
 from ftrun.objectives.sft import Sft
-from ftrun.tokens.dft import Dft
+from ftrun.tokens.policies.dft import Dft
 from ftrun.training.view import StepView
 
 

@@ -11,7 +11,7 @@ import pytest
 import ftrun
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError
-from ftrun.tokens.eda import OPERATIONS, Eda, Synonyms
+from ftrun.tokens.policies.eda import OPERATIONS, Eda, Synonyms
 
 TEXT = "the quick brown fox\njumps over 12 lazy dogs, and then it rests at home  "
 WORDS = TEXT.split()

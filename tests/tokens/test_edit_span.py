@@ -10,8 +10,8 @@ import ftrun
 from ftrun.data.edits import apply, read
 from ftrun.data.pool import load_pool
 from ftrun.errors import ConfigError
-from ftrun.evaluation.edit_span import EditSpans
-from ftrun.tokens.edit_span import EditSpan
+from ftrun.evaluation.evaluators.edit_span import EditSpans
+from ftrun.tokens.policies.edit_span import EditSpan
 from ftrun.tokens.run import edit_rows
 
 PAIRS = [("the quick fox", "the quick brown fox"), ("a dog", "a dog"), ("yes no yes", "yes yes"), ("fox", "over 1 2")]
@@ -67,7 +67,7 @@ def test_rows_without_a_source_are_left_out_and_counted(context, tmp_path):
 )
 def test_answers_are_applied_and_never_fail(answer, text, refused, edited, bundle):
     from ftrun.data.render import Renderer
-    from ftrun.evaluation.generation import stop_ids
+    from ftrun.evaluation.evaluators.generation import stop_ids
 
     ctx, pool = edited
     ctx.heldout = pool.subset([0])

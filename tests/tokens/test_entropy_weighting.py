@@ -16,7 +16,7 @@ import ftrun
 from ftrun.data.batches import micro_batches
 from ftrun.errors import ConfigError
 from ftrun.objectives.sft import Sft
-from ftrun.tokens.entropy_weighting import EntropyWeighting
+from ftrun.tokens.policies.entropy_weighting import EntropyWeighting
 from ftrun.tokens.step_ranking import kept_count
 from ftrun.training.view import StepView
 

@@ -17,7 +17,7 @@ from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.models.architecture import Architecture
 from ftrun.objectives.sft import Sft
-from ftrun.tokens.fait import Fait, changed_characters, differences
+from ftrun.tokens.policies.fait import Fait, changed_characters, differences
 from ftrun.training.view import StepView
 
 RIGHT = "def fox(a):\n    # the dog\n    if a > 2:\n        return a + 1\n    return 0\n"

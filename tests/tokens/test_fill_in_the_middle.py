@@ -11,7 +11,7 @@ import pytest
 from ftrun.data.records import Record
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.tokens.fill_in_the_middle import FillInTheMiddle, horizon_of, reordered
+from ftrun.tokens.policies.fill_in_the_middle import FillInTheMiddle, horizon_of, reordered
 
 MARKERS = ["<P>", "<S>", "<M>"]
 TEXTS = ["the quick brown fox jumps", "a lazy dog and then\n  yes ü no 漢字", "", "x", "0 1 2 3 4 5 6 7 8 9" * 3]
@@ -114,7 +114,7 @@ def test_ids_of_another_text_have_no_horizon(bundle):
 def test_a_tokenizer_with_markers_of_its_own(context, monkeypatch):
     vocabulary = {"<|fim_prefix|>": 1, "<|fim_suffix|>": 2, "<|fim_middle|>": 3}
     tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary)
-    monkeypatch.setattr("ftrun.tokens.fill_in_the_middle.load_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr("ftrun.tokens.policies.fill_in_the_middle.load_tokenizer", lambda model: tokenizer)
     (row,) = edited(FillInTheMiddle(fim_rate=1), context(), ["the dog"])
     assert row["text"].startswith("<|fim_prefix|>") and "<|fim_suffix|>" in row["text"]
 

@@ -15,8 +15,8 @@ import ftrun
 from ftrun.config.compose import load
 from ftrun.errors import ConfigError
 from ftrun.objectives.sft import Sft
-from ftrun.tokens.forgetting_sft import ForgettingSft, signs
-from ftrun.tokens.token_cleaning import highest
+from ftrun.tokens.policies.forgetting_sft import ForgettingSft, signs
+from ftrun.tokens.policies.token_cleaning import highest
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError
-from ftrun.tokens.gec_proofread import KEYS, GecProofread
+from ftrun.tokens.policies.gec_proofread import KEYS, GecProofread
 from ftrun.tokens.run import edit_rows
 
 TEXT = "All the little foxes really jump over a Lazy Dog, and the 23 bees will follow. "

@@ -17,7 +17,7 @@ from ftrun.data.records import Record
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.tokens.in_context_tuning import InContextTuning
+from ftrun.tokens.policies.in_context_tuning import InContextTuning
 from ftrun.tokens.run import edit_rows
 
 LABELS = {"mood": ("good", "bad"), "animal": ("dog", "fox", "cow")}

@@ -7,7 +7,7 @@ import pytest
 import ftrun
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError
-from ftrun.tokens.lookahead_tuning import LookaheadTuning, beginning
+from ftrun.tokens.policies.lookahead_tuning import LookaheadTuning, beginning
 
 CONNECTOR = " The answer begins with: "
 ANSWERS = [

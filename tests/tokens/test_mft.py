@@ -19,7 +19,7 @@ from ftrun.data.batches import Batch, micro_batches
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError
 from ftrun.tokens.learned_embedding import LearnedEmbedding
-from ftrun.tokens.mft import MASKED, Mft
+from ftrun.tokens.policies.mft import MASKED, Mft
 from ftrun.training.view import StepView
 
 

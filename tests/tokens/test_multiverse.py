@@ -16,7 +16,7 @@ import ftrun
 from ftrun.data.batches import Batch, micro_batches
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import DataError
-from ftrun.tokens.multiverse import MalformedError, Multiverse, TagReader, key_characters, paths_in, positions
+from ftrun.tokens.policies.multiverse import MalformedError, Multiverse, TagReader, key_characters, paths_in, positions
 from ftrun.training.view import StepView
 
 PROMPT = "what is 1 plus 2"

@@ -22,7 +22,7 @@ from ftrun.data.batches import Batch, micro_batches
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError
 from ftrun.objectives.sft import Sft
-from ftrun.tokens.mutor import Mutor
+from ftrun.tokens.policies.mutor import Mutor
 from ftrun.training.view import StepView
 
 

@@ -14,7 +14,7 @@ import torch
 import ftrun
 from ftrun.data.batches import Batch, micro_batches
 from ftrun.errors import ConfigError
-from ftrun.tokens.neftune import Neftune
+from ftrun.tokens.policies.neftune import Neftune
 from ftrun.training.view import StepView
 
 

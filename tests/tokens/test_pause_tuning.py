@@ -11,7 +11,7 @@ import ftrun
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
-from ftrun.tokens.pause_tuning import PauseTuning
+from ftrun.tokens.policies.pause_tuning import PauseTuning
 
 ESSAY = "First part. [1]\n\nSecond [note 2] part.\n\nThird. [3]"
 SYSTEM = Message("system", "rule [0]")

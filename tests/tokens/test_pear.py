@@ -14,7 +14,7 @@ import torch
 import ftrun
 from ftrun.data.batches import micro_batches
 from ftrun.errors import ConfigError
-from ftrun.tokens.pear import Pear
+from ftrun.tokens.policies.pear import Pear
 from ftrun.training.view import StepView
 
 

@@ -19,7 +19,7 @@ from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError
 from ftrun.models.head import Head, token_entropy
 from ftrun.objectives.sft import Sft
-from ftrun.tokens.q_tuning import QTuning, choose
+from ftrun.tokens.policies.q_tuning import QTuning, choose
 from ftrun.tokens.step_ranking import ranks
 from ftrun.training.view import StepView
 

@@ -14,7 +14,7 @@ import pytest
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.objectives.sft import Sft
-from ftrun.tokens.rft_shad import RftShad, shuffled, with_prompts
+from ftrun.tokens.policies.rft_shad import RftShad, shuffled, with_prompts
 
 NAME = "shad_minus_base"
 

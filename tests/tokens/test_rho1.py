@@ -18,7 +18,7 @@ import ftrun
 from ftrun.data.batches import micro_batches
 from ftrun.errors import ConfigError
 from ftrun.objectives.sft import Sft
-from ftrun.tokens.rho1 import Rho1
+from ftrun.tokens.policies.rho1 import Rho1
 from ftrun.tokens.run import run_tokens
 from ftrun.training.view import StepView
 

@@ -14,7 +14,7 @@ import pytest
 import ftrun
 from ftrun.data.batches import Plan
 from ftrun.errors import CheckpointError, ConfigError, DataError
-from ftrun.tokens.token_cleaning import TokenCleaning
+from ftrun.tokens.policies.token_cleaning import TokenCleaning
 from ftrun.training.loop import Trainer
 
 ROUNDS = ["tokens=token_cleaning", "tokens.mode=self_evolving"]

@@ -18,10 +18,10 @@ from ftrun.data.batches import micro_batches
 from ftrun.errors import ConfigError
 from ftrun.objectives.sft import Sft
 from ftrun.tokens.base import TokenPolicy
-from ftrun.tokens.q_tuning import QTuning
+from ftrun.tokens.policies.q_tuning import QTuning
 from ftrun.tokens.run import run_tokens
 from ftrun.tokens.several import Several
-from ftrun.tokens.talr import Talr
+from ftrun.tokens.policies.talr import Talr
 from ftrun.training.view import StepView
 
 
@@ -150,8 +150,8 @@ def test_a_neutral_partner_changes_nothing(tiny_dir, rows_file, tmp_path):
 
 def test_registers_take_no_weights_of_others():
     """What mutor puts between the tokens is no text: only methods that weigh before training go with it."""
-    from ftrun.tokens.mutor import Mutor
-    from ftrun.tokens.token_cleaning import TokenCleaning
+    from ftrun.tokens.policies.mutor import Mutor
+    from ftrun.tokens.policies.token_cleaning import TokenCleaning
 
     with pytest.raises(ConfigError, match="inputs of its own"):
         Several([Mutor(), Talr()])

@@ -19,7 +19,7 @@ from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.models.load import load_bundle
 from ftrun.objectives.sft import Sft
-from ftrun.tokens.sstoken import SsToken, scaled
+from ftrun.tokens.policies.sstoken import SsToken, scaled
 from ftrun.training.view import StepView
 
 NAME = "history_nll"

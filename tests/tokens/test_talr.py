@@ -15,7 +15,7 @@ import torch
 from ftrun.config.compose import load
 from ftrun.data.batches import micro_batches
 from ftrun.errors import ConfigError
-from ftrun.tokens.talr import Talr
+from ftrun.tokens.policies.talr import Talr
 from ftrun.training.view import StepView
 
 

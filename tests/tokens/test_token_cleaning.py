@@ -12,9 +12,9 @@ import torch
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.tokens.none import NoPolicy
+from ftrun.tokens.policies.none import NoPolicy
 from ftrun.tokens.run import run_tokens, write_tokens
-from ftrun.tokens.token_cleaning import TokenCleaning, highest
+from ftrun.tokens.policies.token_cleaning import TokenCleaning, highest
 
 
 def losses(model, table) -> np.ndarray:

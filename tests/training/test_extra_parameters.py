@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ftrun
-from ftrun.tokens.neftune import Neftune
+from ftrun.tokens.policies.neftune import Neftune
 
 QUICK = ["eval=[]", "data.heldout=0", "data.max_length=256", "train.batch_size=4", "train.max_steps=6"]
 ADAPTERS = {"full": ["adapter=none"], "lora": ["adapter=lora", "adapter.r=4", "optim.learning_rate=1e-3"]}

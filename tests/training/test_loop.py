@@ -238,7 +238,7 @@ def test_out_is_used_once(tiny_dir, rows_file, tmp_path):
 
 
 def test_two_runs_with_one_out(tiny_dir, rows_file, tmp_path):
-    from ftrun.artifacts import RunLock
+    from ftrun.runs.artifacts import RunLock
 
     with RunLock(tmp_path / "run"), pytest.raises(ConfigError, match="another run is writing"):
         train(*words("lora", tiny_dir, rows_file, tmp_path / "run"))

@@ -49,7 +49,7 @@ def test_static_weights_are_made_first(tiny_dir, reference_dir, rows_file, tmp_p
 
 @pytest.mark.parametrize("tokens", ["none", "neftune"])
 def test_no_model_is_loaded_for_plain_weights(tokens, tiny_dir, rows_file, monkeypatch, capsys):
-    from ftrun.chain import Chain
+    from ftrun.stages.chain import Chain
 
     monkeypatch.setattr(Chain, "load_model", lambda self: pytest.fail("a model was loaded"))
     counts = preview(load(words(tiny_dir, rows_file, f"tokens={tokens}")), html=False)

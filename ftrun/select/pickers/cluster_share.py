@@ -10,10 +10,10 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, places_within
+from ftrun.select.geometry.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, places_within
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
 
 
 @register("picker", "cluster_share")

@@ -11,13 +11,13 @@ from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, PlannedTraining, Table
-from ftrun.select.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, places_within
-from ftrun.select.inner import InnerTraining, prepared_rows
-from ftrun.select.rewards import likelihood, reward
-from ftrun.select.rollouts import rollouts
+from ftrun.select.geometry.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, places_within
+from ftrun.select.trials.inner import InnerTraining, prepared_rows
+from ftrun.select.trials.rewards import likelihood, reward
+from ftrun.select.trials.rollouts import rollouts
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
     from ftrun.data.records import Record
 

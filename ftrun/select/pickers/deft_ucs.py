@@ -10,10 +10,10 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.cluster import BLOCK, Clustering, by_content, check_kmeans, cluster_rows, embeddings_of, in_turns
+from ftrun.select.geometry.cluster import BLOCK, Clustering, by_content, check_kmeans, cluster_rows, embeddings_of, in_turns
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
 
 
 @register("picker", "deft_ucs")

@@ -9,10 +9,10 @@ import numpy as np
 
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.nearest import by_mass, similarity_of
+from ftrun.select.geometry.nearest import by_mass, similarity_of
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
 
 
 @register("picker", "doubly_greedy")

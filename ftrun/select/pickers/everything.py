@@ -11,7 +11,7 @@ from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
 
 
 @register("picker", "everything")

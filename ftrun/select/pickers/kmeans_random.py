@@ -9,10 +9,10 @@ import numpy as np
 
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, in_turns
+from ftrun.select.geometry.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, in_turns
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
 
 
 @register("picker", "kmeans_random")

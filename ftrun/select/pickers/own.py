@@ -12,7 +12,7 @@ from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Scorer, Table
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
 
 
 @register("picker", "own")

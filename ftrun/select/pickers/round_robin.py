@@ -10,10 +10,10 @@ import numpy as np
 
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Similarity, Table
-from ftrun.select.nearest import best_places, similarity_of
+from ftrun.select.geometry.nearest import best_places, similarity_of
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
 
 
 @register("picker", "round_robin")

@@ -13,7 +13,7 @@ from ftrun.select.base import Budget, Picker, Table
 from ftrun.select.pickers.top_k import ranked
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
 
 
 @register("picker", "threshold")

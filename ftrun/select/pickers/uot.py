@@ -10,11 +10,11 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.nearest import by_mass, similarity_of
-from ftrun.select.transport import sinkhorn
+from ftrun.select.geometry.nearest import by_mass, similarity_of
+from ftrun.select.geometry.transport import sinkhorn
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
 
 
 @register("picker", "uot")

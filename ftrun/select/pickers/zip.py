@@ -14,7 +14,7 @@ from ftrun.select.base import Budget, Picker, Table
 from ftrun.select.scorers.zip import row_bytes
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
 
 TRIALS_PER_SECOND = 5_000  # rows tried behind what is chosen, of a few hundred bytes each
 SLOW = 60.0  # seconds from which the time is worth telling

@@ -10,12 +10,12 @@ import numpy as np
 
 from ftrun.registry import register
 from ftrun.select.base import Scorer
-from ftrun.select.embed import embed_rows
-from ftrun.select.nearest import nearest_query, similarities, split_scored
+from ftrun.select.geometry.embed import embed_rows
+from ftrun.select.geometry.nearest import nearest_query, similarities, split_scored
 from ftrun.select.queries import load_queries
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
 
 

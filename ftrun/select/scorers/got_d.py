@@ -11,13 +11,13 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Scorer, Similarity
-from ftrun.select.embed import embed_pieces
-from ftrun.select.nearest import nearest_query, similarities, split_scored
+from ftrun.select.geometry.embed import embed_pieces
+from ftrun.select.geometry.nearest import nearest_query, similarities, split_scored
 from ftrun.select.queries import load_queries
-from ftrun.select.transport import sinkhorn
+from ftrun.select.geometry.transport import sinkhorn
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
 
 

@@ -12,13 +12,13 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import PlannedTraining, Scorer, Table
-from ftrun.select.inner import InnerTraining, answers_table
-from ftrun.select.scoring import Scoring, segments
-from ftrun.select.texts import Turns, read_turns
-from ftrun.select.warmup import warmup_rows
+from ftrun.select.trials.inner import InnerTraining, answers_table
+from ftrun.select.scoring.engine import Scoring, segments
+from ftrun.select.scoring.texts import Turns, read_turns
+from ftrun.select.trials.warmup import warmup_rows
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
 
 

@@ -10,11 +10,11 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import PlannedTraining, Scorer
-from ftrun.select.inner import InnerTraining, answers_table, trainable
-from ftrun.select.texts import read_turns
+from ftrun.select.trials.inner import InnerTraining, answers_table, trainable
+from ftrun.select.scoring.texts import read_turns
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
 
 NAMED = 20  # rows that a message names

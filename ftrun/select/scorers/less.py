@@ -12,15 +12,15 @@ from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError, ResourceError
 from ftrun.registry import register
 from ftrun.select.base import PlannedTraining, Scorer, Similarity
-from ftrun.select.gradients import GradientFeatures, Projection
-from ftrun.select.inner import Epoch, InnerTraining, prepared_rows
-from ftrun.select.nearest import check_room, products
+from ftrun.select.geometry.gradients import GradientFeatures, Projection
+from ftrun.select.trials.inner import Epoch, InnerTraining, prepared_rows
+from ftrun.select.geometry.nearest import check_room, products
 from ftrun.select.queries import Queries, load_queries
 from ftrun.select.scorers.random import row_numbers
 from ftrun.training.memory import available_bytes
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
 
 LARGE_FROM = 10**9  # parameters of a model for which the paper's sizes are meant

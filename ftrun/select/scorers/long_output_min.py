@@ -10,11 +10,11 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Scorer, Table
-from ftrun.select.lengths import check_patterns, demanded_lengths, length_score, text_length
+from ftrun.select.scoring.lengths import check_patterns, demanded_lengths, length_score, text_length
 from ftrun.select.scorers.random import row_numbers
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
 
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from ftrun.registry import register
 from ftrun.select.base import Scorer
-from ftrun.select.texts import encode, row_text
+from ftrun.select.scoring.texts import encode, row_text
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
 
 

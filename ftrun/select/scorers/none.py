@@ -11,7 +11,7 @@ from ftrun.registry import register
 from ftrun.select.base import Scorer, Table
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
 
 

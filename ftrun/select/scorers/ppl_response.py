@@ -9,11 +9,11 @@ import numpy as np
 
 from ftrun.registry import register
 from ftrun.select.base import Scorer
-from ftrun.select.scoring import segments
-from ftrun.select.texts import read_turns
+from ftrun.select.scoring.engine import segments
+from ftrun.select.scoring.texts import read_turns
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
 
 

@@ -13,7 +13,7 @@ from ftrun.registry import register
 from ftrun.select.base import Scorer
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
 
 

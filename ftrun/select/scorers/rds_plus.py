@@ -13,12 +13,12 @@ from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Scorer
-from ftrun.select.nearest import nearest_query, similarities, split_scored
+from ftrun.select.geometry.nearest import nearest_query, similarities, split_scored
 from ftrun.select.queries import load_queries
-from ftrun.select.texts import added_ids, chat_text, encode
+from ftrun.select.scoring.texts import added_ids, chat_text, encode
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.pool import Pool
     from ftrun.data.records import Message, Record

@@ -14,12 +14,12 @@ from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation.answers import check_of
 from ftrun.registry import register
 from ftrun.select.base import Scorer
-from ftrun.select.next_token import chat_prompt, next_token, word_ids
-from ftrun.select.rollouts import rollouts
-from ftrun.select.texts import encode
+from ftrun.select.scoring.next_token import chat_prompt, next_token, word_ids
+from ftrun.select.trials.rollouts import rollouts
+from ftrun.select.scoring.texts import encode
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
     from ftrun.data.records import Record
 

@@ -10,11 +10,11 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Scorer
-from ftrun.select.next_token import chat_prompt, next_token, word_ids
-from ftrun.select.texts import Turns, assistant_turns, encode
+from ftrun.select.scoring.next_token import chat_prompt, next_token, word_ids
+from ftrun.select.scoring.texts import Turns, assistant_turns, encode
 
 if TYPE_CHECKING:
-    from ftrun.context import Context
+    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
 
 RATING_PROMPTS = (

@@ -10,7 +10,7 @@ import numpy as np
 from ftrun.registry import register
 from ftrun.select.base import Table
 from ftrun.select.scorers.ifd import Ifd
-from ftrun.select.texts import Turns
+from ftrun.select.scoring.texts import Turns
 
 
 @register("select", "superfiltering")
