@@ -59,11 +59,11 @@ def pick(name: str, count: int, width: int, share: float) -> dict[str, Any]:
 
     from ftrun import registry
     from ftrun.config.settings import LaunchConfig, Settings
-    from ftrun.runs.context import Context
+    from ftrun.runs.progress import Reporter
     from ftrun.select.base import Budget, Table
-    from ftrun.select.scoring.engine import Scoring
+    from ftrun.training.context import Context
     from ftrun.training.distributed import Team
-    from ftrun.training.progress import Reporter
+    from ftrun.training.scoring import Scoring
 
     team, report = Team(LaunchConfig(threads=torch.get_num_threads())), Reporter(stream=io.StringIO(), live=False)
     settings = Settings(slots={"select": ("none", {}), "picker": (name, PICKERS[name])})

@@ -129,8 +129,8 @@ class Engine:
     def __init__(self, folder: Path, threads: int, method: str, words: list[str]) -> None:
         from ftrun.config.settings import LaunchConfig, ModelConfig
         from ftrun.models.load import load_bundle
+        from ftrun.runs.progress import Reporter
         from ftrun.training.distributed import Team
-        from ftrun.training.progress import Reporter
 
         self.folder, self.method, self.words = folder, method, words
         self.team, self.report = Team(LaunchConfig(threads=threads)), Reporter(rank=0)
@@ -138,9 +138,9 @@ class Engine:
 
     def scores(self, rows: list[dict[str, str]]) -> list[float]:
         from ftrun.config.compose import load
-        from ftrun.runs.context import Context
         from ftrun.data.pool import load_pool
-        from ftrun.select.scoring.engine import Scoring
+        from ftrun.training.context import Context
+        from ftrun.training.scoring import Scoring
 
         file = self.folder / "chunk.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))

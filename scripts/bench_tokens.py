@@ -49,11 +49,11 @@ class Contender:
 
 def contenders(rows: Path, model: str, batch: int, names: list[str], folder: Path) -> list[Contender]:
     """A trainer a method."""
-    from ftrun.stages.chain import Chain
     from ftrun.config.compose import load
     from ftrun.data.pool import load_pool
+    from ftrun.stages.chain import Chain
+    from ftrun.stages.trained import plain_context
     from ftrun.training.signals import StopSignals
-    from ftrun.runs.trained import plain_context
 
     made: list[Contender] = []
     for name in names:
@@ -66,10 +66,12 @@ def contenders(rows: Path, model: str, batch: int, names: list[str], folder: Pat
         chain = Chain(ctx, composed, [], StopSignals())
         chain.load_model()
         assert ctx.bundle is not None
-        pool = chain.edit(load_pool(composed.settings.data, chain.work, composed.settings.seed))
-        table = chain.weigh(chain.prepare(pool, "rows").table, pool)
+        pool = chain.rows.edit(
+            load_pool(composed.settings.data, chain.rows.work, composed.settings.seed), chain.load_model
+        )
+        table = chain.rows.weigh(chain.rows.prepare(pool, "rows").table, pool)
         ctx.train_tokens = table
-        trainer: Any = chain.set_up(table)
+        trainer: Any = chain.attach(table)
         trainer._bar = _Silent()
         made.append(Contender(name, trainer, []))
     return made

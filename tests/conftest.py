@@ -122,7 +122,7 @@ def rows_file(rows, tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """Stage outputs and tokenised data of tests stay apart from the user's; converted models are shared."""
-    from ftrun.runs.context import cache_dir
+    from ftrun.runs.artifacts import cache_dir
 
     models = cache_dir() / "models"
     cache = tmp_path_factory.mktemp("cache")

@@ -225,7 +225,7 @@ def test_hub_out_of_reach(words, code, ftrun_train, monkeypatch):
 
 
 def test_plan_and_train_warn_of_what_cannot_fit(ftrun_train, tiny_dir, rows_file, tmp_path, monkeypatch, capsys):
-    from ftrun.training import memory
+    from ftrun.runs import memory
     from ftrun.verbs import plan
 
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1000.0)
@@ -239,7 +239,7 @@ def test_plan_and_train_warn_of_what_cannot_fit(ftrun_train, tiny_dir, rows_file
 
 def test_limits_of_a_container_count(tmp_path):
     """The tightest of a group and the groups around it, files that it can give up not counted."""
-    from ftrun.training.memory import _cgroup_memory
+    from ftrun.runs.memory import _cgroup_memory
 
     inner = tmp_path / "job" / "step"
     inner.mkdir(parents=True)
@@ -255,8 +255,8 @@ def test_limits_of_a_container_count(tmp_path):
 @pytest.mark.parametrize("where", ["backward", "optimizer", "loading", "selection"])
 def test_allocation_failure(where, ftrun_train, tmp_path, monkeypatch):
     """A real refusal of torch's allocator at every stage: code 4, what was asked for, what to change."""
-    from ftrun.stages import chain
     from ftrun.optim.adamw import AdamW
+    from ftrun.stages import attach, select
     from ftrun.training import loop
 
     def too_much(*_, **__):
@@ -270,9 +270,9 @@ def test_allocation_failure(where, ftrun_train, tmp_path, monkeypatch):
     elif where == "optimizer":
         monkeypatch.setattr(AdamW, "build", lambda self, named: Greedy([p for _, p in named], lr=0.1))
     elif where == "loading":
-        monkeypatch.setattr(chain, "load_bundle", too_much)
+        monkeypatch.setattr(attach, "load_bundle", too_much)
     else:
-        monkeypatch.setattr(chain, "run_selection", too_much)
+        monkeypatch.setattr(select, "run_selection", too_much)
     words = ["select=longest", "budget=4"] if where == "selection" else []
     code, said = ftrun_train(*words)
     assert code == 4 and "not enough memory while" in said and "33554432.00 GiB more were asked for" in said
@@ -333,8 +333,8 @@ def test_a_file_that_the_system_will_not_let_grow(line, tmp_path):
 # ---- stopping ----
 
 SLOW_STEPS = "from ftrun.training import loop\nimport time\nplain = loop.Trainer._backward\ndef slow(self, *rest):\n    print('in a step', file=sys.stderr, flush=True); time.sleep({seconds}); return plain(self, *rest)\nloop.Trainer._backward = slow"
-SLOW_READING = "import ftrun.stages.chain as chain, time\nplain = chain.load_pool\ndef slow(*rest):\n    print('in a step', file=sys.stderr, flush=True); time.sleep(60); return plain(*rest)\nchain.load_pool = slow"
-SLOW_SCORING = "from ftrun.select.scoring.engine import Scoring\nimport time\nplain = Scoring._compute\ndef slow(self, *rest):\n    done = plain(self, *rest)\n    if self.computed > 8:\n        print('in a step', file=sys.stderr, flush=True); time.sleep(60)\n    return done\nScoring._compute = slow"
+SLOW_READING = "import ftrun.stages.rows as rows, time\nplain = rows.load_pool\ndef slow(*rest):\n    print('in a step', file=sys.stderr, flush=True); time.sleep(60); return plain(*rest)\nrows.load_pool = slow"
+SLOW_SCORING = "from ftrun.training.scoring import Scoring\nimport time\nplain = Scoring._compute\ndef slow(self, *rest):\n    done = plain(self, *rest)\n    if self.computed > 8:\n        print('in a step', file=sys.stderr, flush=True); time.sleep(60)\n    return done\nScoring._compute = slow"
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
@@ -396,7 +396,7 @@ def test_stopped_outside_training(stage, number, code, status, line, tmp_path):
 
 def test_a_library_that_rewords_an_interrupt(ftrun_train, tmp_path, monkeypatch):
     """Libraries catch every Exception and raise their own: the user pressed Ctrl-C all the same."""
-    from ftrun.stages import chain
+    from ftrun.stages import rows
 
     def reworded(*_):
         try:
@@ -405,7 +405,7 @@ def test_a_library_that_rewords_an_interrupt(ftrun_train, tmp_path, monkeypatch)
         except Exception as error:
             raise RuntimeError("failed to import a module") from error
 
-    monkeypatch.setattr(chain, "load_pool", reworded)
+    monkeypatch.setattr(rows, "load_pool", reworded)
     code, said = ftrun_train()
     assert code == 130 and "interrupted" in said
     assert summary(tmp_path / "run")["status"] == "interrupted"
@@ -470,7 +470,7 @@ def test_failed_run_goes_on(ftrun_train, tmp_path, monkeypatch):
 
 
 def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(ftrun_train, tmp_path, monkeypatch):
-    from ftrun.runs import recorded
+    from ftrun.stages import recorded
 
     monkeypatch.setattr(recorded, "write_report", lambda out: 1 / 0)
     assert ftrun_train()[0] == 0
@@ -480,13 +480,11 @@ def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(ftrun_train, tmp_pa
 
 def test_unforeseen_failure_in_a_sweep(line, tmp_path, monkeypatch, capsys):
     """The other jobs go on, and Hydra's traceback stays away."""
-    from ftrun.stages import chain
+    from ftrun.stages import rows
 
-    plain = chain.load_pool
+    plain = rows.load_pool
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        chain, "load_pool", lambda data, folder, seed: plain(data, folder, seed if seed == 0 else 1 / 0)
-    )
+    monkeypatch.setattr(rows, "load_pool", lambda data, folder, seed: plain(data, folder, seed if seed == 0 else 1 / 0))
     words = [word for word in line if not word.startswith("out=")]
     assert cli.entry(["train", "-m", *words, "seed=0,1"]) == 5
     assert "ZeroDivisionError" in message(capsys.readouterr().err)

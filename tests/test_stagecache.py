@@ -7,8 +7,7 @@ import shutil
 import pytest
 
 from ftrun.runs import stagecache
-from ftrun.runs.artifacts import MANIFEST
-from ftrun.runs.context import cache_dir
+from ftrun.runs.artifacts import MANIFEST, cache_dir
 
 
 @pytest.fixture

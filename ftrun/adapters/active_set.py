@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ftrun.adapters.base import Adapter
-from ftrun.adapters.full.none import load_again, save_model
+from ftrun.adapters.plain_weights import load_again, save_model
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 STATE_TENSOR_KEYS = ("step",)  # counters stay where the optimiser keeps them
 

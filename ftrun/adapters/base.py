@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from ftrun.config.settings import Settings
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @dataclass

@@ -18,7 +18,7 @@ from ftrun.models.architecture import Architecture, describe
 from ftrun.registry import register
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu, "silu": nn.functional.silu}
 FILE = "bottleneck.safetensors"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 KINDS = ("attention", "mlp", "q", "k", "v", "o", "gate", "up", "down")
 

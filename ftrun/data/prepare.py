@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ftrun.runs.artifacts import MANIFEST, digest, disk_guard, sha256, whole_folder
 from ftrun.config.settings import DataConfig
 from ftrun.data.encode import tokenizer_fingerprint
 from ftrun.data.pool import Pool
@@ -19,9 +18,10 @@ from ftrun.data.records import Record
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
+from ftrun.runs.artifacts import MANIFEST, digest, disk_guard, sha256, whole_folder
 
 if TYPE_CHECKING:
-    from ftrun.training.progress import Reporter
+    from ftrun.runs.progress import Reporter
 
 BATCH = 256  # rows tokenised at a time
 AUTO_SHARE = 0.01  # overlong=auto refuses when more than this share of the rows is too long

@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ftrun.runs.artifacts import disk_guard
 from ftrun.data.records import Record
 from ftrun.data.sources import Raw
 from ftrun.errors import DataError
+from ftrun.runs.artifacts import disk_guard
 
 ENTRY = np.dtype(
     [

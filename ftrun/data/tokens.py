@@ -144,3 +144,12 @@ class TokenTable:
             np.array([s.label for s in sequences], np.int64),
             sequences_per_row,
         )
+
+
+def first_places(table: TokenTable) -> np.ndarray:
+    """Place in the table of the first trained token of every sequence that has one; the first token never is."""
+    trained = np.asarray(table.loss_weight) > 0
+    trained[table.offsets[:-1][table.lengths > 0]] = False
+    places = np.flatnonzero(trained)
+    owner = np.searchsorted(table.offsets, places, side="right")
+    return places[np.diff(owner, prepend=-1) != 0]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftrun.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @dataclass
@@ -55,3 +55,11 @@ def nothing_held_out(evaluator: str, ctx: Context) -> ConfigError:
         f"data.heldout={ctx.settings.data.heldout:g}",
         "Raise data.heldout, set data.heldout_path, or leave out this evaluator.",
     )
+
+
+LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "error", "bits_per", "ece", "brier", "latency", "mse", "mae")
+
+
+def higher_is_better(metric: str) -> bool:
+    """By the name, for results that do not say."""
+    return not any(word in metric.lower() for word in LOWER_IS_BETTER)

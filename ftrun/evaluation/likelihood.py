@@ -16,8 +16,8 @@ from ftrun.models.fast import packs_for_free
 from ftrun.models.head import LOGITS_BYTES
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @dataclass

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
-from torch import nn
-
-from ftrun.runs.artifacts import strict, write_json, write_text
 from ftrun.errors import ConfigError
-from ftrun.evaluation.base import Evaluation, Evaluator, Metric
-from ftrun.reporting.changes import higher_is_better
+from ftrun.evaluation.base import Evaluation, Evaluator, Metric, higher_is_better
+from ftrun.models.inference import evaluating
+from ftrun.runs.artifacts import strict, write_json, write_text
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 Results = dict[str, dict[str, dict[str, Any]]]
 
@@ -48,26 +42,6 @@ def evaluate_all(
     if ctx.team.rank == 0:
         write_json(folder / ("before.json" if tag == "before" else "results.json"), results)
     return results
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode and all random generators come back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    plain, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        random.setstate(plain)
-        np.random.set_state(arrays)
-        torch.set_rng_state(tensors)
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)
 
 
 def entry(name: str, metric: Metric) -> dict[str, Any]:

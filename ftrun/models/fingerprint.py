@@ -7,8 +7,8 @@ import json
 import os
 from pathlib import Path
 
-from ftrun.runs.context import cache_dir
 from ftrun.models.source import tokenizer_files, weight_files
+from ftrun.runs.artifacts import cache_dir
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ftrun.runs.context import cache_dir
 from ftrun.errors import ConfigError, ResourceError
+from ftrun.runs.artifacts import cache_dir
 
 CONVERSION = "1"  # part of a cached folder's name: raise it when the conversion changes
 EXACT_BYTES = 2 * 2**30  # larger files are kept in bfloat16, which is below their own rounding

@@ -26,7 +26,7 @@ from ftrun.models.fingerprint import folder_fingerprint
 from ftrun.models.quiet import without_bars
 from ftrun.models.source import model_folder, weight_files
 from ftrun.quant.base import Quant
-from ftrun.training.memory import memory_guard
+from ftrun.runs.memory import memory_guard
 
 Task = Literal["causal", "classify"]
 log = logging.getLogger("ftrun")

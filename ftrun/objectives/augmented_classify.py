@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from ftrun.data.batches import Batch
 from ftrun.errors import ConfigError
 from ftrun.models.wrappers import unwrap
-from ftrun.objectives.base import Kind, Loss, Objective
+from ftrun.objectives.base import Kind, Objective
 from ftrun.registry import register
+from ftrun.training.parts import Loss
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("objective", "augmented_classify")

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ftrun.errors import ConfigError
+from ftrun.training.parts import Loss
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ftrun.config.settings import Settings
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
     from ftrun.training.view import StepView
 
 Kind = Literal["sft", "text", "pairs", "prompts", "labels"]
-
-
-@dataclass
-class Loss:
-    """``value`` is a sum, not a mean: the loop divides it by the global ``count`` of the whole optimiser step.
-
-    ``parts`` are sums too, divided by the same count, and end in metrics.jsonl.
-    """
-
-    value: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,3 +57,19 @@ class Objective:
     def loss(self, view: StepView) -> Loss:
         """The summed loss of one micro-batch."""
         raise NotImplementedError
+
+
+@dataclass
+class TokenLoss(Objective):
+    """Cross-entropy of the trained tokens, each with its loss weight: sum of w_t * nll_t over the number of trained tokens.
+
+    The divisor counts tokens of weight above 0 in the whole optimiser step, over all processes and micro-batches.
+    """
+
+    packs: ClassVar[bool] = True
+
+    def count(self, batch: Batch) -> float:
+        return float(batch.trained_tokens)
+
+    def loss(self, view: StepView) -> Loss:
+        return Loss((view.weights * view.token_nll).sum())

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ftrun.runs import stagecache
 from ftrun.config.settings import Settings
-from ftrun.runs.context import cache_dir
 from ftrun.data.batches import Batch
 from ftrun.data.pool import load_pool
 from ftrun.errors import ConfigError, DataError
 from ftrun.models.wrappers import adds_virtual_tokens
-from ftrun.objectives.base import Loss
-from ftrun.objectives.future_heads import FutureHeads, HeadTraining, watched_layers
-from ftrun.objectives.sft import Sft
+from ftrun.objectives.base import TokenLoss
+from ftrun.objectives.heads.future_heads import FutureHeads, HeadTraining, watched_layers
 from ftrun.registry import register
+from ftrun.runs import stagecache
+from ftrun.runs.artifacts import cache_dir
 from ftrun.select.trials.inner import prepared_rows
-from ftrun.select.scoring.engine import Scoring
+from ftrun.training.parts import Loss
+from ftrun.training.scoring import Scoring
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
-    from ftrun.training.progress import Reporter
+    from ftrun.runs.progress import Reporter
+    from ftrun.training.context import Context
 
 FILE = "heads.safetensors"
 FEW = 50  # tokens whose mean loss says little about a head
@@ -37,7 +37,7 @@ FEW = 50  # tokens whose mean loss says little about a head
 
 @register("objective", "caft_mtp")
 @dataclass
-class CaftMtp(Sft):
+class CaftMtp(TokenLoss):
     """Multi-token prediction while fine-tuning (Chen et al., 2025, arXiv:2506.07833).
 
     ``L = CE_0 + sum_i c * decay^i * s(step) * CE_i`` over the heads i = 1..n, ``s = sin((T - step) / T * pi / 2)``.

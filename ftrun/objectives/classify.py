@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from ftrun.data.batches import Batch
-from ftrun.objectives.base import Kind, Loss, Objective
+from ftrun.objectives.base import Kind, Objective
 from ftrun.registry import register
+from ftrun.training.parts import Loss
 from ftrun.training.view import StepView
 
 

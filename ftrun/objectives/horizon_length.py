@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from ftrun.adapters.peft_adapter import seeded
 from ftrun.data.batches import Batch
 from ftrun.errors import ConfigError
-from ftrun.objectives.base import Kind, Loss
-from ftrun.objectives.sft import Sft
+from ftrun.objectives.base import Kind, TokenLoss
 from ftrun.registry import register
+from ftrun.training.parts import Loss
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
     from ftrun.config.settings import Settings
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 HORIZON = "horizon"  # what tokens=fill_in_the_middle remembers
 
 
 @register("objective", "horizon_length")
 @dataclass
-class HorizonLength(Sft):
+class HorizonLength(TokenLoss):
     """Next-token loss plus the error of a guess of the remaining length (Ding et al., 2024, arXiv:2410.03103).
 
     ``L = L_ntp + weight * mean_t |yhat_t - y_t|``. ``y_t = (M - t) / M`` is the horizon of the t-th of M tokens of a

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ftrun.data.batches import Batch
-from ftrun.data.tokens import TokenTable
+from ftrun.data.tokens import TokenTable, first_places
 from ftrun.errors import DataError
-from ftrun.objectives.base import Kind, Loss, Objective
+from ftrun.objectives.base import Kind, Objective
 from ftrun.registry import register
+from ftrun.training.parts import Loss
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("objective", "label_words")
@@ -78,15 +79,6 @@ def first_targets(batch: Batch) -> Tensor:
     first = torch.ones_like(sequence, dtype=torch.bool)
     first[1:] = sequence[1:] != sequence[:-1]
     return first
-
-
-def first_places(table: TokenTable) -> np.ndarray:
-    """Place in the table of the first trained token of every sequence that has one; the first token never is."""
-    trained = np.asarray(table.loss_weight) > 0
-    trained[table.offsets[:-1][table.lengths > 0]] = False
-    places = np.flatnonzero(trained)
-    owner = np.searchsorted(table.offsets, places, side="right")
-    return places[np.diff(owner, prepend=-1) != 0]
 
 
 def words_of(table: TokenTable) -> dict[int, np.ndarray]:

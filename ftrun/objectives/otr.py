@@ -24,13 +24,14 @@ from ftrun.models.head import (
     row_chunks,
     slope_of_cap,
 )
-from ftrun.objectives.base import Kind, Loss, Objective
+from ftrun.objectives.base import Kind, Objective
 from ftrun.registry import register
+from ftrun.training.parts import Loss
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("objective", "otr")

@@ -13,14 +13,15 @@ from ftrun.adapters.peft_adapter import seeded
 from ftrun.data.batches import Batch
 from ftrun.errors import ConfigError, DataError
 from ftrun.models.architecture import Architecture
-from ftrun.objectives.base import Kind, Loss, Objective
+from ftrun.objectives.base import Kind, Objective
 from ftrun.registry import register
+from ftrun.training.parts import Loss
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
     from ftrun.config.settings import Settings
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 DEVIATION = 1e-4  # of the label embeddings at the start
 

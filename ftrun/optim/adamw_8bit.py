@@ -8,8 +8,7 @@ import torch
 from bitsandbytes.optim.adamw import AdamW8bit as BitsandbytesAdamW8bit
 from torch import nn
 
-from ftrun.optim.base import OptimizerConfig
-from ftrun.optim.flat_state import FlatState
+from ftrun.optim.base import FlatState, OptimizerConfig
 from ftrun.registry import register
 
 

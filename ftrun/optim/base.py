@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftrun.errors import ConfigError
 
 if TYPE_CHECKING:
+    from bitsandbytes.optim.optimizer import Optimizer8bit as Base
     from torch import nn
     from torch.optim import Optimizer
+else:
+    Base = object
 
 
 @dataclass
@@ -39,3 +42,20 @@ class OptimizerConfig:
     def state_bytes(self) -> float:
         """Bytes of optimiser state for one trainable parameter, for `ftrun plan`."""
         return 8.0
+
+
+class FlatState(Base):
+    """Put before a bitsandbytes class: its ``state_dict`` then maps each parameter to plain numbers and own tensors.
+
+    By itself the library nests the tensors one level deeper, and all parameters share their quantisation maps.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        from torch.optim import Optimizer
+
+        plain = Optimizer.state_dict(self)
+        plain["state"] = {
+            parameter: {key: value.clone() if key.startswith("qmap") else value for key, value in state.items()}
+            for parameter, state in plain["state"].items()
+        }
+        return plain

@@ -9,8 +9,7 @@ import torch
 from bitsandbytes.optim.adamw import AdamW
 from torch import nn
 
-from ftrun.optim.base import OptimizerConfig
-from ftrun.optim.flat_state import FlatState
+from ftrun.optim.base import FlatState, OptimizerConfig
 from ftrun.registry import register
 
 

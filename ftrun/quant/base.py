@@ -21,10 +21,17 @@ class Quant:
         """Arguments for ``from_pretrained``, ``quantization_config`` above all."""
         return {}
 
-    def prepare(self, model: nn.Module, gradient_checkpointing: bool) -> nn.Module:
+    def prepare(self, model: nn.Module) -> nn.Module:
         """Freeze and cast what training on quantised weights needs."""
         return model
 
     def bits(self) -> float | None:
         """Storage bits of one weight of a quantised linear layer, constants included; None: the dtype decides."""
         return None
+
+
+def freeze_for_training(model: nn.Module) -> nn.Module:
+    """Freeze a quantised model, and hold norms, embeddings and head in float32."""
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

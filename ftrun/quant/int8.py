@@ -6,8 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftrun.quant.base import Quant
-from ftrun.quant.nf4 import freeze_for_training
+from ftrun.quant.base import Quant, freeze_for_training
 from ftrun.registry import register
 
 if TYPE_CHECKING:
@@ -33,10 +32,10 @@ class Int8(Quant):
 
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.threshold)}
 
-    def prepare(self, model: nn.Module, gradient_checkpointing: bool) -> nn.Module:
+    def prepare(self, model: nn.Module) -> nn.Module:
         # it says on every product that inputs are cast to float16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        return freeze_for_training(model, gradient_checkpointing)
+        return freeze_for_training(model)
 
     def bits(self) -> float:
         """Eight; the one float32 of each row is not counted, since its share depends on the row's width."""

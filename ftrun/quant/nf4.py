@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftrun.models.checkpointing import checkpoint_activations
-from ftrun.quant.base import Quant
+from ftrun.quant.base import Quant, freeze_for_training
 from ftrun.registry import register
 
 if TYPE_CHECKING:
@@ -41,19 +40,9 @@ class Nf4(Quant):
         )
         return {"quantization_config": config}
 
-    def prepare(self, model: nn.Module, gradient_checkpointing: bool) -> nn.Module:
-        return freeze_for_training(model, gradient_checkpointing)
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return freeze_for_training(model)
 
     def bits(self) -> float:
         constants = 8 / BLOCK + 32 / (BLOCK * SUPERBLOCK) if self.double_quant else 32 / BLOCK
         return 4 + constants
-
-
-def freeze_for_training(model: nn.Module, gradient_checkpointing: bool) -> nn.Module:
-    """Freeze a quantised model, and hold norms, embeddings and head in float32."""
-    from peft import prepare_model_for_kbit_training
-
-    prepared = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if gradient_checkpointing:
-        checkpoint_activations(prepared)
-    return prepared

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ftrun.reporting import numbers
+from ftrun.evaluation.base import higher_is_better
+from ftrun.runs import numbers
 
-LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "error", "bits_per", "ece", "brier", "latency", "mse", "mae")
 NEUTRAL = ("length", "tokens", "count")  # neither more nor less of it is better
 NOISE = 1.96  # standard errors that a change must exceed to be called one
 
@@ -129,11 +129,6 @@ def _direction(metric: str, said: Any) -> bool | None:
     if any(word in metric.lower().split("_") for word in NEUTRAL):
         return None
     return higher_is_better(metric) if said is None else bool(said)
-
-
-def higher_is_better(metric: str) -> bool:
-    """By the name, for results that do not say."""
-    return not any(word in metric.lower() for word in LOWER_IS_BETTER)
 
 
 def number(value: Any) -> float:

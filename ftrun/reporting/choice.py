@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from ftrun.reporting import numbers
 from ftrun.reporting.histograms import compared, histogram
 from ftrun.reporting.markup import Markup, clipped, tag
 from ftrun.reporting.rows import prompt_and_response
 from ftrun.reporting.run import Run
+from ftrun.runs import numbers
+from ftrun.select.audit import example_rows
 
-EACH = 10  # rows of a group
-AUDITED = 20  # rows of a group on the page of the selection alone
 REASONS = 3  # why rows have no score
 KEYS = ("id", "selected", "rank", "source", "duplicate_of")
 
@@ -47,35 +46,6 @@ def score_column(run: Run) -> str | None:
     method = run.config.get("select")
     name = method.get("name") if isinstance(method, dict) else method
     return next((wish for wish in (said, name, "score") if wish in columns), columns[0] if columns else None)
-
-
-def example_rows(
-    selected: np.ndarray, score: np.ndarray, rank: np.ndarray | None = None, each: int = EACH, once: bool = True
-) -> dict[str, np.ndarray]:
-    """Positions worth reading, by heading; with ``once`` no row twice. The selection stage keeps the text of these rows.
-
-    selected: (rows,) bool. score: (rows,), higher is better, NaN is left out. rank: (rows,) place of the picked rows.
-    each: rows of a group at most.
-    """
-    order = np.argsort(-score, kind="stable")
-    order = order[np.isfinite(score[order])]
-    inside, outside = order[selected[order]], order[~selected[order]]
-    if not len(inside):
-        return {"Lowest scores": outside[-each:]}
-    lowest = score[inside[-1]]
-    best = inside if rank is None else inside[np.argsort(rank[inside], kind="stable")]
-    under = outside[score[outside] <= lowest]
-    groups = {
-        "Best of the choice": best[:each],
-        "Around the cut": np.concatenate([inside[-each // 2 :], under[: each // 2]]) if len(under) else inside[:0],
-        "Left out although they score higher": outside[score[outside] > lowest][: each // 2],
-        "Lowest scores": order[-each:],
-    }
-    shown: set[int] = set()
-    for heading, rows in groups.items() if once else ():
-        groups[heading] = np.array([row for row in rows.tolist() if row not in shown], dtype=np.int64)
-        shown |= set(rows.tolist())
-    return groups
 
 
 def _headline(run: Run, picked: np.ndarray) -> Markup:

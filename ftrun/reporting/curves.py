@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ftrun.reporting import numbers
 from ftrun.reporting.markup import Markup, tag
 from ftrun.reporting.plots import Series, line_chart, robust_range, smooth
 from ftrun.reporting.run import Run
+from ftrun.runs import numbers
 
 MEASURED = ("lr", "grad_norm", "tokens_per_s", "memory_bytes")
 EVALUATIONS = ("eval_loss", "heldout_loss")

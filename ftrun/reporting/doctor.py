@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftrun import registry
-from ftrun.runs.context import cache_dir
+from ftrun.runs.artifacts import cache_dir
 
 Status = Literal["ok", "unsure", "slow", "missing"]
 COLOURS: dict[Status, str] = {"ok": "green", "unsure": "yellow", "slow": "yellow", "missing": "red"}

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ftrun.reporting import numbers
 from ftrun.reporting.changes import Change, Measured
 from ftrun.reporting.markup import Markup, tag
 from ftrun.reporting.plots import Frame, robust_range, tick_text, ticks
+from ftrun.runs import numbers
 
 
 def histogram(

@@ -9,8 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ftrun.runs.artifacts import write_text
-from ftrun.reporting import numbers
 from ftrun.reporting.choice import selection_section
 from ftrun.reporting.curves import training_section
 from ftrun.reporting.markup import Markup, escape, tag
@@ -18,6 +16,8 @@ from ftrun.reporting.results import key_numbers, predictions_section
 from ftrun.reporting.run import Run
 from ftrun.reporting.tokenchoice import moved_section
 from ftrun.reporting.weights import weights_section
+from ftrun.runs import numbers
+from ftrun.runs.artifacts import write_text
 
 SLOTS = ("select", "tokens", "adapter", "quant", "objective", "optim", "schedule")
 FIDELITY = {

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ftrun.reporting import numbers
 from ftrun.reporting.markup import Markup, tag
+from ftrun.runs import numbers
 
 POINTS = 600  # more points than this are thinned; every bucket keeps its lowest and highest
 SLICES = 160  # strips that show values on hover

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ftrun.runs.artifacts import write_text
 from ftrun.reporting.html import page
 from ftrun.reporting.markup import tag
 from ftrun.reporting.weights import is_special, legend, level, token_markup
+from ftrun.runs.artifacts import write_text
 
 STYLES = ("bright_black", "color(179)", "color(143)", "color(107)", "color(71)", "green")  # by level of the weight
 

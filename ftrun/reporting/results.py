@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ftrun.reporting import numbers
-from ftrun.reporting.changes import Change, Measured, higher_is_better, number
+from ftrun.evaluation.base import higher_is_better
+from ftrun.reporting.changes import Change, Measured, number
 from ftrun.reporting.histograms import interval, scatter
 from ftrun.reporting.markup import Markup, clipped, tag, template_markers
 from ftrun.reporting.run import Run
+from ftrun.runs import numbers
 
 SHOWN = 8  # predictions of each evaluator
 ARROWS = {"better": "good", "worse": "bad", "within noise": "muted", "changed": "", "same": "muted", "": "muted"}

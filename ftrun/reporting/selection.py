@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ftrun.runs.artifacts import write_text
-from ftrun.reporting import numbers
-from ftrun.reporting.choice import AUDITED, example_rows, figure, length_figure, other_columns, rows_group
+from ftrun.reporting.choice import figure, length_figure, other_columns, rows_group
 from ftrun.reporting.histograms import histogram
 from ftrun.reporting.html import breakable, page, paper_line, path_text
 from ftrun.reporting.markup import Markup, tag
 from ftrun.reporting.run import Run
 from ftrun.reporting.selection_facts import Choice, jaccard, jaccard_by_chance, read_choices, spearman
 from ftrun.reporting.shares import BESIDE, pair_table, share_chart
+from ftrun.runs import numbers
+from ftrun.runs.artifacts import write_text
+from ftrun.select.audit import AUDITED, example_rows
 
 NAMED = 200  # ids of rows without a score that are written out
 

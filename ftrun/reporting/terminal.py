@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ftrun.reporting import numbers
 from ftrun.reporting.changes import Change, Measured
 from ftrun.reporting.run import Run
+from ftrun.runs import numbers
 
 if TYPE_CHECKING:
-    from ftrun.training.progress import Reporter
+    from ftrun.runs.progress import Reporter
 
 COLOURS = {"better": "green", "worse": "red", "within noise": "dim", "same": "dim", "changed": "", "": "dim"}
 

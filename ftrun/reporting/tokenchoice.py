@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ftrun.data.token_classes import CLASSES, classes_of
 from ftrun.reporting.markup import Markup, tag
-from ftrun.reporting.numbers import plain
 from ftrun.reporting.plots import Series, line_chart
 from ftrun.reporting.run import Run
-from ftrun.tokens.classes import CLASSES, classes_of
+from ftrun.runs.numbers import plain
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

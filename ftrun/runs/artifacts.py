@@ -187,3 +187,10 @@ def new_run_folder(recipe: str | None, config: dict[str, Any]) -> Path:
     base = Path("runs") / (recipe or "none")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return base / f"{stamp}-{digest(config)[:8]}"
+
+
+def cache_dir() -> Path:
+    """Where converted models, tokenised data and stage outputs are kept between runs."""
+    return Path(
+        os.environ.get("FTRUN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ftrun"
+    )

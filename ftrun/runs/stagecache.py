@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ftrun.runs.artifacts import MANIFEST, is_whole, whole_folder, written_together
-from ftrun.runs.context import cache_dir
+from ftrun.runs.artifacts import cache_dir
 
 
 def fetch(stage: str, key: str, target: Path) -> bool:

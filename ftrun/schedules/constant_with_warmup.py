@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ftrun.registry import register
-from ftrun.schedules.warmup import WarmupSchedule
+from ftrun.schedules.base import WarmupSchedule
 
 
 @register("schedule", "constant_with_warmup")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ftrun.registry import register
-from ftrun.schedules.warmup import DecaySchedule
+from ftrun.schedules.base import DecaySchedule
 
 
 @register("schedule", "cosine")

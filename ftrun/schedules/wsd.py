@@ -8,7 +8,7 @@ from typing import Literal
 
 from ftrun.errors import ConfigError
 from ftrun.registry import register
-from ftrun.schedules.warmup import DecaySchedule
+from ftrun.schedules.base import DecaySchedule
 
 
 @register("schedule", "wsd")

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ftrun.reporting.choice import AUDITED, example_rows
 from ftrun.select.base import Budget, Table
 from ftrun.select.content import Content
 
@@ -63,3 +62,38 @@ def rows_to_keep(table: Table, column: str, rank: np.ndarray) -> np.ndarray:
     common = sorted(by_reason.values(), key=lambda places: -len(places))[:REASONS]
     groups += [np.array(places[:ROWS_A_REASON], np.int64) for places in common]
     return np.unique(np.concatenate(groups))
+
+
+EACH = 10  # rows of a group
+
+
+AUDITED = 20  # rows of a group on the page of the selection alone
+
+
+def example_rows(
+    selected: np.ndarray, score: np.ndarray, rank: np.ndarray | None = None, each: int = EACH, once: bool = True
+) -> dict[str, np.ndarray]:
+    """Positions worth reading, by heading; with ``once`` no row twice. The selection stage keeps the text of these rows.
+
+    selected: (rows,) bool. score: (rows,), higher is better, NaN is left out. rank: (rows,) place of the picked rows.
+    each: rows of a group at most.
+    """
+    order = np.argsort(-score, kind="stable")
+    order = order[np.isfinite(score[order])]
+    inside, outside = order[selected[order]], order[~selected[order]]
+    if not len(inside):
+        return {"Lowest scores": outside[-each:]}
+    lowest = score[inside[-1]]
+    best = inside if rank is None else inside[np.argsort(rank[inside], kind="stable")]
+    under = outside[score[outside] <= lowest]
+    groups = {
+        "Best of the choice": best[:each],
+        "Around the cut": np.concatenate([inside[-each // 2 :], under[: each // 2]]) if len(under) else inside[:0],
+        "Left out although they score higher": outside[score[outside] > lowest][: each // 2],
+        "Lowest scores": order[-each:],
+    }
+    shown: set[int] = set()
+    for heading, rows in groups.items() if once else ():
+        groups[heading] = np.array([row for row in rows.tolist() if row not in shown], dtype=np.int64)
+        shown |= set(rows.tolist())
+    return groups

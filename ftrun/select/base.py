@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
-
-
-@dataclass
-class Similarity:
-    """How near the rows are to queries. ``matrix``: (queries, rows), higher is nearer; ``task``: (queries,)."""
-
-    matrix: np.ndarray
-    task: np.ndarray
+    from ftrun.training.context import Context
+    from ftrun.training.scoring import Similarity
 
 
 @dataclass
@@ -109,6 +102,10 @@ class Picker:
     needs_similarity: ClassVar[bool] = False  # picks by how near rows are to queries
     orders: ClassVar[bool] = False  # has `passes`: training sees the rows in its order, not in one drawn anew
 
+    def of(self, scorer: Scorer) -> Picker:
+        """The picker that picks for this scorer: itself, unless it stands for another."""
+        return self
+
     def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
         """Places in the pool of the picked rows, best first, out of ``candidates`` (places). ``column`` is ranked higher first.
 
@@ -130,3 +127,9 @@ class Picker:
         ``score``: (rows,) of the rows to train on, in their order; ``batch_size``: rows of an optimiser step.
         """
         raise NotImplementedError
+
+
+def ranked(table: Table, candidates: np.ndarray, column: str) -> np.ndarray:
+    """The candidates by falling score, ties by id; a NaN comes last."""
+    candidates = np.sort(candidates)
+    return candidates[np.argsort(-table.columns[column][candidates], kind="stable")]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from ftrun.select.scorers.random import row_numbers
+from ftrun.select.row_numbers import row_numbers
 from ftrun.select.scoring.texts import row_text
 
 if TYPE_CHECKING:

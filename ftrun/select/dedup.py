@@ -15,9 +15,9 @@ from ftrun.select.geometry.greedy import seconds_for, spoken
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
     from ftrun.select.base import Table
+    from ftrun.training.context import Context
 
 Method = Literal["minhash", "embedding"]
 

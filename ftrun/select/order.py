@@ -9,18 +9,17 @@ import pyarrow.parquet as pq
 
 from ftrun.errors import ConfigError
 from ftrun.select.base import Picker, Scorer
-from ftrun.select.pickers.own import Own
 
 if TYPE_CHECKING:
     from ftrun.config.settings import Settings
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
+    from ftrun.training.context import Context
 
 
 def picker_of(settings: Settings) -> Picker:
     """The picker that picks: that of the scorer's paper where nobody chose another."""
     picker: Picker = settings.component("picker")
-    return picker.of(settings.component("select")) if isinstance(picker, Own) else picker
+    return picker.of(settings.component("select"))
 
 
 def training_order(table: TokenTable, ctx: Context) -> list[np.ndarray]:

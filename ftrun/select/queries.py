@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ftrun.runs.artifacts import digest
-from ftrun.runs.context import cache_dir
 from ftrun.data.pool import Pool, load_pool
 from ftrun.errors import ConfigError
+from ftrun.runs.artifacts import cache_dir, digest
 
 if TYPE_CHECKING:
     from ftrun.config.settings import Settings

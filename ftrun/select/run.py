@@ -15,25 +15,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ftrun.runs.artifacts import disk_guard, write_json, written_together
 from ftrun.config.values import parse_budget
 from ftrun.errors import ConfigError, DataError
+from ftrun.runs.artifacts import disk_guard, write_json, written_together
 from ftrun.select.audit import Audit, audit, rows_to_keep
 from ftrun.select.base import Budget, Picker, Scorer, Table
 from ftrun.select.content import Content
 from ftrun.select.dedup import THRESHOLD, duplicates
 from ftrun.select.geometry.nearest import comparing_scorers
 from ftrun.select.order import picker_of
-from ftrun.select.scoring.engine import Scoring
 from ftrun.select.scoring.shared import Shared
 from ftrun.select.scoring.texts import encode, row_text
 from ftrun.select.scoring.token_scores import TOKEN_SCORES
+from ftrun.training.scoring import Scoring
 
 if TYPE_CHECKING:
     from ftrun.config.settings import Settings
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 NAMED_IDS = 20  # rows that summary.json names a reason
 FILES = ("lengths.parquet", "audit.parquet", "examples.jsonl", "scores.parquet", "selected.jsonl", "summary.json")

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.records import Message, Record
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
-    from ftrun.training.loop import Trainer
+    from ftrun.training.context import Context
+    from ftrun.training.parts import Loop
     from ftrun.training.view import StepView
 
 
@@ -78,7 +78,7 @@ class TokenPolicy:
         """Which part of an epoch each row belongs to, (rows,) integers: lower ones come first; None: all rows are mixed."""
         return None
 
-    def before_step(self, step: int, trainer: Trainer) -> None:
+    def before_step(self, step: int, trainer: Loop) -> None:
         """Called before optimiser step ``step`` (from 0) on every process; may give ``trainer.table`` other weights.
 
         A resumed run calls it first with the step that it goes on from.

@@ -13,13 +13,13 @@ from ftrun.data.batches import cut_batches
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ComponentError
-from ftrun.evaluation.evaluators.generation import Generation, stop_ids
-from ftrun.select.scoring.engine import Scoring
+from ftrun.models.generation import Writer, stop_ids
+from ftrun.training.scoring import Scoring
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 PROBE_TOKENS = 9  # generated to say how long it will take
 
@@ -60,7 +60,7 @@ class Continuations:
 
         A beginning that leaves no room for ``max_new_tokens`` in the context gets none.
         """
-        writer = Generation(max_new_tokens=self.max_new_tokens)
+        writer = Writer(max_new_tokens=self.max_new_tokens)
 
         def measure(bundle: Bundle, batch: Batch) -> list[np.ndarray]:
             asked = [batch.input_ids[row][real].tolist() for row, real in enumerate(batch.sequence >= 0)]
@@ -93,7 +93,7 @@ class Continuations:
         seconds = []
         for count in (1, PROBE_TOKENS):
             begun = time.perf_counter()
-            Generation(max_new_tokens=count).generate(self.bundle, middle, [], self.ctx.seed)
+            Writer(max_new_tokens=count).generate(self.bundle, middle, [], self.ctx.seed)
             seconds.append(time.perf_counter() - begun)
         a_token = (seconds[1] - seconds[0]) / (PROBE_TOKENS - 1)
         return len(batches) * (seconds[0] + (new_tokens - 1) * a_token) / self.ctx.team.world_size / 60

@@ -61,3 +61,10 @@ def draw_rows(
         if len(found) >= count:
             break
     return found[:count]
+
+
+def filled(template: str, text: str, label: str | None) -> str:
+    """A template with its text and label; without a label what stands before it, as the end of a prompt."""
+    before, _, after = template.partition("{label}")
+    head = before.replace("{text}", text)
+    return head.rstrip() if label is None else head + label + after

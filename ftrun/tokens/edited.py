@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ftrun.data.records import Record
 from ftrun.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.data.records import Record
+    from ftrun.training.context import Context
 
 
 def edited_rows(ctx: Context) -> list[dict[str, Any]]:
@@ -35,3 +38,19 @@ def token_ends(tokenizer: Any, text: str, ids: np.ndarray, special: bool = False
     if not np.array_equal(found["input_ids"], ids):
         return None
     return np.array([end if end > start or start > 0 else -1 for start, end in found["offset_mapping"]], np.int64)
+
+
+EDIT_SOURCE, EDIT_TARGET = "edit_source", "edit_target"  # columns of edited rows, for eval=edit_span
+
+
+SOURCE = "source"  # column of an edited row: the text with its errors
+
+
+def with_prompt(record: Record, text: str) -> Record:
+    """The row with another last prompt, or another text."""
+    if record.kind == "labels":
+        return replace(record, text=text)
+    last = max(at for at, message in enumerate(record.prompt) if message.role == "user")
+    messages = list(record.messages)
+    messages[last] = replace(messages[last], content=text)
+    return replace(record, messages=tuple(messages))

@@ -15,16 +15,17 @@ from ftrun.data.batches import Batch, collate
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import DataError
-from ftrun.evaluation.evaluators.generation import Generation, OwnNoise, stop_ids
-from ftrun.evaluation.run import evaluating
-from ftrun.objectives.base import Kind, Loss, Objective
+from ftrun.models.generation import OwnNoise, Writer, stop_ids
+from ftrun.models.inference import evaluating
+from ftrun.objectives.base import Kind, Objective
 from ftrun.select.trials.inner import InnerTraining
-from ftrun.select.scoring.engine import Scoring, segments
+from ftrun.training.parts import Loss
+from ftrun.training.scoring import Scoring, segments
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 EPSILON = 1e-12  # added to the standard deviation of the rewards
 
@@ -59,7 +60,7 @@ class Drafts:
         beams = DiverseBeams(self.count // 2, self.diversity, stops)
         begun = [request for request in requests for _ in range(self.count)]
         choice = SampledAndSearched(samples, self.count, [TopPLogitsWarper(self.top_p), noise], beams)
-        written = Generation(max_new_tokens=self.max_new_tokens).generate(bundle, begun, stops, seed, [choice])
+        written = Writer(max_new_tokens=self.max_new_tokens).generate(bundle, begun, stops, seed, [choice])
         return [written[at : at + self.count] for at in range(0, len(written), self.count)]
 
 

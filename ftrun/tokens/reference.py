@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ftrun.runs import stagecache
 from ftrun.adapters.peft_adapter import settled_warnings
-from ftrun.runs.artifacts import digest, sha256
 from ftrun.errors import ComponentError, ConfigError, DataError
-from ftrun.runs.lockfile import code_digest
 from ftrun.models.load import load_bundle
-from ftrun.select.trials.inner import InnerTraining, by_content, prepared_rows, trainable
+from ftrun.runs import stagecache
+from ftrun.runs.artifacts import digest, sha256
+from ftrun.runs.lockfile import code_digest
 from ftrun.select.queries import load_rows
 from ftrun.select.run import written_beside
-from ftrun.select.scoring.engine import Scoring
+from ftrun.select.trials.inner import InnerTraining, by_content, prepared_rows, trainable
 from ftrun.tokens.base import TokenPolicy
+from ftrun.training.scoring import Scoring
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 AUTO = "auto"
 FEW_ROWS = 1000  # of which a reference learns little

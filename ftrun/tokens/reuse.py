@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from ftrun.runs.artifacts import digest, write_json
 from ftrun.errors import ConfigError, DataError
+from ftrun.runs.artifacts import digest, write_json
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
+    from ftrun.training.context import Context
 
 FILE, ORIGIN = "tokens.parquet", "tokens.json"
 PLAIN = ("id", "position", "token", "score", "weight")

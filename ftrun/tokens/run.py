@@ -12,18 +12,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ftrun.runs.context import cache_dir
 from ftrun.data.pool import Pool, load_pool
 from ftrun.data.roles import ROLES
 from ftrun.errors import ComponentError, ConfigError, DataError
+from ftrun.runs.artifacts import cache_dir
 from ftrun.select.run import written_beside
 from ftrun.tokens.base import TokenPolicy
 from ftrun.tokens.reuse import FILE, Lines, read_tokens, write_origin
 from ftrun.tokens.several import Several
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
+    from ftrun.training.context import Context
 
 SCHEMA = pa.schema(
     {"id": pa.int64(), "position": pa.int64(), "token": pa.int64(), "score": pa.float64(), "weight": pa.float64()}

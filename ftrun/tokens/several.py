@@ -14,12 +14,12 @@ from ftrun.errors import ConfigError
 from ftrun.tokens.base import TokenPolicy
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.records import Record
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
-    from ftrun.training.loop import Trainer
+    from ftrun.training.context import Context
+    from ftrun.training.parts import Loop
     from ftrun.training.view import StepView
 
 ABILITIES = ("edits", "edits_heldout", "edit_uses_model", "static", "drops_empty")
@@ -101,7 +101,7 @@ class Several(TokenPolicy):
             raise ConfigError(f"{' and '.join(given)} both order the rows", todo="Use one of them.")
         return next(iter(given.values()), None)
 
-    def before_step(self, step: int, trainer: Trainer) -> None:
+    def before_step(self, step: int, trainer: Loop) -> None:
         for policy in self.policies:
             policy.before_step(step, trainer)
 

@@ -65,3 +65,9 @@ def target_positions(batch: Batch) -> Tensor:
     """Position in its sequence of every trained token, (tokens,)."""
     row, before = batch.predicting
     return batch.position_ids[row, before + 1]
+
+
+def descending(scores: np.ndarray) -> np.ndarray:
+    """Places of the scores that are numbers, the highest first, ties to the earlier."""
+    scored = np.flatnonzero(~np.isnan(scores))
+    return scored[np.argsort(-scores[scored], kind="stable")]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ftrun.adapters.base import Adapter
-from ftrun.runs.artifacts import MANIFEST, is_whole, whole_folder, write_json
 from ftrun.errors import CheckpointError
+from ftrun.runs.artifacts import MANIFEST, is_whole, whole_folder, write_json
+from ftrun.training.parts import Attached
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Progress:
 
 
 def save(
-    folder: Path, progress: Progress, parameters: dict[str, nn.Parameter], optimizer: Optimizer, adapter: Adapter
+    folder: Path, progress: Progress, parameters: dict[str, nn.Parameter], optimizer: Optimizer, adapter: Attached
 ) -> Path:
     """Write checkpoints/step-000100 below ``folder``."""
     path = folder / f"step-{progress.step:06d}"
@@ -46,7 +46,7 @@ def save(
     return path
 
 
-def load(path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer, adapter: Adapter) -> Progress:
+def load(path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer, adapter: Attached) -> Progress:
     """Restore what ``save`` wrote. Raises CheckpointError when it does not fit this run."""
     saved = load_file(path / "trainable.safetensors")
     if saved.keys() != parameters.keys():

@@ -23,19 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ftrun.adapters.base import Adapter
-from ftrun.runs.artifacts import strict
-from ftrun.runs.context import Context
 from ftrun.data.batches import Batch, Plan, micro_batches, token_budget
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError, DataError, Interrupted, Preempted
 from ftrun.models.bundle import Bundle
 from ftrun.models.fast import packs_for_free
-from ftrun.objectives.base import Objective
+from ftrun.runs import memory
+from ftrun.runs.artifacts import strict
 from ftrun.schedules.base import Schedule
-from ftrun.tokens.base import TokenPolicy
-from ftrun.training import checkpoint, memory, weightlog
+from ftrun.training import checkpoint, weightlog
 from ftrun.training.checkpoint import Progress
+from ftrun.training.context import Context
+from ftrun.training.parts import Attached, Minimised, Weighing
 from ftrun.training.signals import StopSignals
 from ftrun.training.view import StepView
 from ftrun.training.weightlog import WeightLog
@@ -50,9 +49,9 @@ class Trainer:
     ctx: Context
     bundle: Bundle
     table: TokenTable
-    adapter: Adapter
-    objective: Objective
-    tokens: TokenPolicy
+    adapter: Attached
+    objective: Minimised
+    tokens: Weighing
     optimizer: Optimizer
     schedule: Schedule
     parameters: dict[str, nn.Parameter]  # everything that may train, by name
@@ -406,7 +405,7 @@ def _step_of(line: str) -> float:
 
 
 @contextlib.contextmanager
-def switched_off(adapter: Adapter, model: nn.Module) -> Iterator[nn.Module]:
+def switched_off(adapter: Attached, model: nn.Module) -> Iterator[nn.Module]:
     """The model as it was before training, by switching the adapter off; dropout is off too."""
     context = adapter.disabled(model)
     assert context is not None

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ftrun.adapters.base import Adapter
-from ftrun.runs.context import Context
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError
 from ftrun.models.bundle import Bundle
 from ftrun.models.checkpointing import checkpoint_activations
 from ftrun.models.fast import speed_up
-from ftrun.objectives.base import Objective
 from ftrun.optim.base import OptimizerConfig
 from ftrun.schedules.base import Schedule
-from ftrun.tokens.base import TokenPolicy
+from ftrun.training.context import Context
 from ftrun.training.loop import Reference, Trainer
+from ftrun.training.parts import Attached, Minimised, Weighing
 
 
 def set_up(
@@ -23,9 +21,9 @@ def set_up(
     bundle: Bundle,
     table: TokenTable,
     *,
-    adapter: Adapter,
-    objective: Objective,
-    tokens: TokenPolicy,
+    adapter: Attached,
+    objective: Minimised,
+    tokens: Weighing,
     optim: OptimizerConfig,
     schedule: Schedule,
     evaluate: Callable[[], float] | None = None,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftrun.data.batches import Batch
-from ftrun.tokens.classes import CLASSES, classes_of
+from ftrun.data.token_classes import CLASSES, classes_of
 
 FILE = "token_weights.jsonl"
 PARTS = 10  # of a response, from its beginning to its end

@@ -27,7 +27,7 @@ def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool
         from ftrun.reporting.catalogue import print_show
 
         return print_show(composed, list(overrides))
-    from ftrun.training.memory import memory_guard
+    from ftrun.runs.memory import memory_guard
 
     with memory_guard(
         f"ftrun {verb} was at work", "Use a smaller model, model.dtype=bfloat16, or fewer tokens at a time."
@@ -78,7 +78,7 @@ def run_together(methods: Sequence[Composed], overrides: Sequence[str]) -> dict[
     settings.out = settings.out or settings.resume or str(new_run_folder("several", settings.as_dict()))
     if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
         return _run_processes("select", settings, list(overrides))
-    from ftrun.select.many import select_together
+    from ftrun.stages.many import select_together
 
     return select_together(settings, methods, ["ftrun", "select", *overrides])
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ftrun.runs.artifacts import RunLock, write_json
-from ftrun.stages.chain import Chain
 from ftrun.config.compose import Composed
 from ftrun.config.saved import load_settings
 from ftrun.errors import ConfigError
 from ftrun.reporting.terminal import results_table
+from ftrun.runs.artifacts import RunLock, write_json
+from ftrun.stages.chain import Chain
+from ftrun.stages.trained import load_trained, plain_context
 from ftrun.training.signals import StopSignals
-from ftrun.runs.trained import load_trained, plain_context
 
 
 def evaluate(composed: Composed, overrides: Sequence[str]) -> dict[str, Any]:
@@ -41,12 +41,12 @@ def evaluate(composed: Composed, overrides: Sequence[str]) -> dict[str, Any]:
     ctx = plain_context(settings, run)
     with RunLock(run), StopSignals() as signals:
         chain = Chain(ctx, Composed(settings, None), [], signals)
-        chain.load_rows_for_evaluation()
+        chain.rows.load_for_evaluation()
         if asked.run:
             ctx.bundle = load_trained(run, settings, ctx.team.device)
         else:
             chain.load_model()
-        chain._evaluate("final")
+        chain.evaluate("final")
         results_table(run, ctx.report)
         if not (run / "summary.json").exists():
             write_json(run / "summary.json", {"recipe": settings.recipe, "status": "done", "metrics": chain.metrics})

@@ -10,18 +10,17 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from ftrun.runs.artifacts import strict
 from ftrun.config.explain import parse
 from ftrun.config.saved import load_settings
-from ftrun.runs.context import cache_dir
 from ftrun.data.pool import Pool, load_pool
 from ftrun.errors import ConfigError, DataError, nearest
-from ftrun.reporting import numbers
 from ftrun.reporting.choice import KEYS as KEYS_OF_ROWS
 from ftrun.reporting.rows import prompt_and_response
 from ftrun.reporting.run import Run
 from ftrun.reporting.selection_facts import Choice, read_choices
 from ftrun.reporting.weights import token_text
+from ftrun.runs import numbers
+from ftrun.runs.artifacts import cache_dir, strict
 from ftrun.select.content import BAG, EMBEDDING, Vocabulary, text_of, unit
 
 KEYS = ("run", "id", "recipe")

@@ -14,9 +14,9 @@ from ftrun.config.saved import load_settings
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer, apply_template, prompt_ids
 from ftrun.errors import ConfigError
-from ftrun.evaluation.evaluators.generation import stop_ids
+from ftrun.models.generation import stop_ids
 from ftrun.models.load import load_bundle
-from ftrun.runs.trained import load_trained, plain_context
+from ftrun.stages.trained import load_trained, plain_context
 
 
 def generate(composed: Composed) -> dict[str, Any]:

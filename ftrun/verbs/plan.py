@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftrun.stages.chain import Chain, logical_parameters
 from ftrun.config.compose import Composed
 from ftrun.config.settings import Settings
 from ftrun.config.values import parse_budget
@@ -19,12 +18,14 @@ from ftrun.data.pool import load_pool
 from ftrun.models.architecture import Architecture, describe
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_tokenizer, meta_model, resolve_dtype
+from ftrun.runs.memory import available_bytes
 from ftrun.select.base import PlannedTraining
 from ftrun.select.order import picker_of
+from ftrun.stages.chain import Chain
+from ftrun.stages.recorded import logical_parameters
+from ftrun.stages.trained import plain_context
 from ftrun.training import estimate
-from ftrun.training.memory import available_bytes
 from ftrun.training.signals import StopSignals
-from ftrun.runs.trained import plain_context
 
 
 @dataclass
@@ -41,8 +42,8 @@ def plan(composed: Composed) -> dict[str, Any]:
     settings = composed.settings
     ctx = plain_context(settings, Path("."))
     chain = Chain(ctx, composed, [], StopSignals())
-    pool = load_pool(settings.data, chain.work, settings.seed)
-    prepared = chain.prepare(pool, "rows")
+    pool = load_pool(settings.data, chain.rows.work, settings.seed)
+    prepared = chain.rows.prepare(pool, "rows")
     table = prepared.table
     lengths = np.asarray(table.lengths).reshape(len(table), -1).sum(axis=1)
     model = meta_model(settings.model, settings.task)
@@ -201,7 +202,7 @@ def _matmul_speed(device: torch.device) -> float:
 
 
 def _print(report: Any, settings: Settings, total: int, trainable: int, stages: list[Stage], speed: float) -> None:
-    from ftrun.reporting.numbers import duration
+    from ftrun.runs.numbers import duration
 
     report.table(
         f"{settings.recipe or 'plan'}: {total / 1e6:,.1f}M parameters, {trainable:,} train ({trainable / total:.2%})",

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftrun.stages.chain import Chain
 from ftrun.config.compose import Composed
 from ftrun.config.settings import Settings
 from ftrun.data.batches import best_fit_decreasing, token_budget
@@ -17,8 +16,9 @@ from ftrun.data.pool import Pool, load_pool
 from ftrun.data.tokens import TokenTable
 from ftrun.models.load import load_tokenizer
 from ftrun.reporting.preview import PreviewRow, preview_html, preview_terminal
+from ftrun.stages.chain import Chain
+from ftrun.stages.trained import plain_context
 from ftrun.training.signals import StopSignals
-from ftrun.runs.trained import plain_context
 
 ROWS = 8
 
@@ -32,8 +32,8 @@ def preview(composed: Composed, html: bool) -> dict[str, Any]:
     settings = composed.settings
     with tempfile.TemporaryDirectory(prefix="ftrun-preview-") as scratch:
         chain = Chain(plain_context(settings, Path(scratch)), composed, [], StopSignals())
-        pool = load_pool(settings.data, chain.work, settings.seed)
-        prepared = chain.prepare(chain.edit(pool), "rows")
+        pool = load_pool(settings.data, chain.rows.work, settings.seed)
+        prepared = chain.rows.prepare(chain.rows.edit(pool, chain.load_model), "rows")
         table, weights = _weighed(chain, pool, prepared.table)
         notes = ["weights are those of the first step, under the model before training"] if weights else []
         if chain.tokens.arranges:
@@ -65,12 +65,12 @@ def _weighed(chain: Chain, pool: Pool, table: TokenTable) -> tuple[TokenTable, d
         return table, {}
     ctx.facts["data"] = pool.fingerprint
     chain.load_model()
-    table = chain.weigh(table, pool)
+    table = chain.rows.weigh(table, pool)
     ctx.train_tokens = table
     if not tokens.dynamic:
         return table, {}
     found = {}
-    for index, weights in chain.set_up(table).weights_at_start().items():
+    for index, weights in chain.attach(table).weights_at_start().items():
         sequence = table.sequence(index)
         at = np.flatnonzero(sequence.loss_weight > 0)
         at = at[at > 0]

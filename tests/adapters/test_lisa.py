@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from ftrun.adapters.layers.lisa import Lisa
 from ftrun.adapters.full.none import FullFineTuning
+from ftrun.adapters.layers.lisa import Lisa
 from ftrun.errors import ConfigError
 
 LAYERS = 5

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ftrun.runs.artifacts import MANIFEST
 from ftrun.config.settings import DataConfig
 from ftrun.data.pool import load_pool
 from ftrun.data.prepare import NO_ROOM, TOO_LONG, prepare
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
+from ftrun.runs.artifacts import MANIFEST
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_failed_preflight_leaves_nothing(ready, tmp_path):
 def test_progress_is_told(ready, rows):
     from io import StringIO
 
-    from ftrun.training.progress import Reporter
+    from ftrun.runs.progress import Reporter
 
     text = StringIO()
     ready(rows, report=Reporter(stream=text, live=False))

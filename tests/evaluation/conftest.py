@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from ftrun.config.settings import Settings
-from ftrun.runs.context import Context
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.models.architecture import describe
 from ftrun.models.bundle import Bundle
-from ftrun.training.progress import Reporter
+from ftrun.runs.progress import Reporter
+from ftrun.training.context import Context
 
 
 @dataclass

@@ -6,9 +6,9 @@ from decimal import Decimal
 
 import pytest
 
+from ftrun.data.answers import check_of, last_number, word_f1
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.answers import check_of, last_number, word_f1
 
 
 def record(output: str = "", **given) -> Record:

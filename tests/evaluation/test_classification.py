@@ -9,7 +9,8 @@ from sklearn.metrics import f1_score
 
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.evaluators.classification import Classification, macro_f1
+from ftrun.evaluation.averages import macro_f1
+from ftrun.evaluation.evaluators.classification import Classification
 from ftrun.models.architecture import describe
 from ftrun.models.bundle import Bundle
 

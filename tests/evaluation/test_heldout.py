@@ -11,7 +11,8 @@ import torch
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.evaluators.heldout import Heldout, ratio
+from ftrun.evaluation.averages import ratio
+from ftrun.evaluation.evaluators.heldout import Heldout
 
 
 def plain_losses(model, table) -> dict[int, list[float]]:

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation.evaluators import proofread as module
-from ftrun.evaluation.evaluators.generation import Generation
 from ftrun.evaluation.evaluators.proofread import NO_ERROR, SAME_MEANING, Proofread, _ids_of, without_punctuation
+from ftrun.models.generation import Writer
 
 SOURCES, CLEAN = ["teh fox", "the dog.", "a fxo", "yes"], ["the fox", "the dog.", "A fox!", "yes"]
 SAYS = ["the fox", "the dgo.", "a fox", "yes"]
@@ -43,7 +43,7 @@ def says(monkeypatch):
         asked = [int(bundle.tokenizer.decode(prompt).split("fix ")[1][0]) for prompt in prompts]
         return [[*bundle.tokenizer(SAYS[number]).input_ids, stops[0]] for number in asked]
 
-    monkeypatch.setattr(Generation, "generate", generate)
+    monkeypatch.setattr(Writer, "generate", generate)
 
 
 def test_matches_are_counted(bundle, context, says):

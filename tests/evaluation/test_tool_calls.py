@@ -7,8 +7,8 @@ import pytest
 
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError
-from ftrun.evaluation.evaluators.generation import Generation
 from ftrun.evaluation.evaluators.tool_calls import ToolCalls
+from ftrun.models.generation import Writer
 
 
 class Rows:
@@ -36,7 +36,7 @@ def test_calls_are_counted_by_how_right_they_are(bundle, context, monkeypatch):
         asked = [bundle.tokenizer.decode(prompt).split("what is ")[1][0] for prompt in prompts]
         return [[*bundle.tokenizer(says[word]).input_ids, stops[0]] for word in asked]
 
-    monkeypatch.setattr(Generation, "generate", generate)
+    monkeypatch.setattr(Writer, "generate", generate)
     found = ToolCalls().evaluate(bundle, context(heldout=Rows(*["f(a=1)"] * 4, "the dog")))
     assert [row["reward"] for row in found.predictions] == [1, -0.25, -1.5, -2]
     values = {name: metric.value for name, metric in found.metrics.items()}

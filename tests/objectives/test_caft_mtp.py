@@ -22,7 +22,7 @@ from ftrun.errors import ConfigError
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_bundle
 from ftrun.objectives.caft_mtp import CaftMtp
-from ftrun.objectives.future_heads import FutureHeads, watched_layers
+from ftrun.objectives.heads.future_heads import FutureHeads, watched_layers
 from ftrun.objectives.sft import Sft
 from ftrun.training.view import StepView
 
@@ -179,7 +179,9 @@ def test_a_head_worse_than_chance_is_said_once(batch_tokens, bundle, monkeypatch
         objective = ready(bundle, weight=1.0, heads=1)
         said: list[str] = []
         objective._report = SimpleNamespace(warn=said.append)  # type: ignore[assignment]
-        monkeypatch.setattr("ftrun.objectives.future_heads.token_nll", lambda states, *_, n=level: states[:, 0] * 0 + n)
+        monkeypatch.setattr(
+            "ftrun.objectives.heads.future_heads.token_nll", lambda states, *_, n=level: states[:, 0] * 0 + n
+        )
         step_loss(objective, views(objective, bundle, table, batch_tokens))
         assert len(said) == warned
     assert "head 1 of caft_mtp has a loss of 6, chance has 5" in said[0]

@@ -16,7 +16,7 @@ from ftrun.errors import DataError
 from ftrun.models.head import Head
 from ftrun.models.load import load_bundle
 from ftrun.objectives.label_words import LabelWords, words_of
-from ftrun.training.progress import Reporter
+from ftrun.runs.progress import Reporter
 from ftrun.training.view import StepView
 
 WORDS = {0: [20, 21, 22], 1: [21, 30]}

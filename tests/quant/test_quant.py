@@ -12,6 +12,7 @@ from ftrun import registry
 from ftrun.config.capabilities import check_mix
 from ftrun.errors import ComponentError, ConfigError
 from ftrun.models.architecture import describe
+from ftrun.models.checkpointing import checkpoint_activations
 
 IDS = torch.arange(4, 44).reshape(2, 20)
 
@@ -41,7 +42,10 @@ def load(wide_dir):
         model = AutoModelForCausalLM.from_pretrained(
             wide_dir, dtype=torch.float32, **component.load_arguments(torch.float32)
         )
-        return component.prepare(model, checkpointing)
+        prepared = component.prepare(model)
+        if checkpointing:
+            checkpoint_activations(prepared)
+        return prepared
 
     return loaded
 

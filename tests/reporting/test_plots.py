@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftrun.reporting.choice import example_rows
 from ftrun.reporting.histograms import histogram
 from ftrun.reporting.plots import robust_range, smooth, thin, ticks
+from ftrun.select.audit import example_rows
 
 NUMBERS = st.floats(-1e9, 1e9, allow_nan=False)
 

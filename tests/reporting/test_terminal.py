@@ -10,10 +10,10 @@ import pytest
 from made_up_run import make
 from rich.console import Console
 
-from ftrun.reporting import numbers
 from ftrun.reporting.changes import changes
 from ftrun.reporting.terminal import before_after_table, final_table, results_table
-from ftrun.training.progress import Reporter
+from ftrun.runs import numbers
+from ftrun.runs.progress import Reporter
 
 
 def printed(renderable, width: int = 100) -> str:

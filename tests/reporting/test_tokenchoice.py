@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from ftrun.data.token_classes import CLASSES, token_class
 from ftrun.reporting.run import Run
 from ftrun.reporting.tokenchoice import choice_tables, group_table, moved_section, turns_and_places
-from ftrun.tokens.classes import CLASSES, token_class
 
 
 @pytest.mark.parametrize(

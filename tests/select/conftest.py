@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from ftrun.config.settings import DataConfig, SelectConfig, Settings
-from ftrun.runs.context import Context
 from ftrun.data.pool import Pool, load_pool
 from ftrun.models.architecture import describe
 from ftrun.models.bundle import Bundle
-from ftrun.select.scoring.engine import Scoring
-from ftrun.training.progress import Reporter
+from ftrun.runs.progress import Reporter
+from ftrun.training.context import Context
+from ftrun.training.scoring import Scoring
 
 
 class Alone:

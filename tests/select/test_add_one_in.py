@@ -15,11 +15,11 @@ import pytest
 
 from ftrun import cli
 from ftrun.errors import ComponentError, ConfigError, DataError
-from ftrun.select.trials import chooser
 from ftrun.select.base import Budget, Table
-from ftrun.select.trials.chooser import LocalChooser, RemoteChooser
 from ftrun.select.pickers.add_one_in import AddOneIn, chosen_option, one_line
-from ftrun.select.scorers.random import row_numbers
+from ftrun.select.row_numbers import row_numbers
+from ftrun.select.trials import chooser
+from ftrun.select.trials.chooser import LocalChooser, RemoteChooser
 
 
 class Played:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ftrun.errors import ConfigError
-from ftrun.select.geometry import cluster as clustering
 from ftrun.select.base import Budget, Table
+from ftrun.select.geometry import cluster as clustering
 from ftrun.select.geometry.cluster import assign, cluster_rows, in_turns, places_within
 from ftrun.select.pickers.cluster_share import ClusterShare
 from ftrun.select.pickers.dac_iter import DacIter
@@ -16,8 +16,8 @@ from ftrun.select.pickers.first_chunk import FirstChunk
 from ftrun.select.pickers.kmeans_random import KMeansRandom
 from ftrun.select.pickers.kmq import Kmq
 from ftrun.select.pickers.own import Own
+from ftrun.select.row_numbers import row_numbers
 from ftrun.select.scorers.code_ifd import CodeIfd
-from ftrun.select.scorers.random import row_numbers
 
 SIZES = [20, 12, 5, 3]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ftrun.select.geometry.embed import embed_rows, embed_texts
-from ftrun.select.scoring.engine import Scoring
+from ftrun.training.scoring import Scoring
 
 
 def test_mean_of_the_last_states_at_unit_length(rows, make_pool, context, bundle):

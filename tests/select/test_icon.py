@@ -9,9 +9,9 @@ import pytest
 
 from ftrun.config.settings import DataConfig, SelectConfig
 from ftrun.errors import ComponentError, ConfigError, DataError
-from ftrun.select.trials import incontext
 from ftrun.select.scorers import icon
 from ftrun.select.scorers.icon import Icon, first_difference, label, random_text, squashed
+from ftrun.select.trials import incontext
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from ftrun.data.batches import Plan
 from ftrun.errors import ConfigError, DataError
 from ftrun.models.fast import speed_up
 from ftrun.select.base import Budget, Table
-from ftrun.select.trials.inner import prepared_rows
 from ftrun.select.pickers.igf import Igf as Filter
-from ftrun.select.trials.probes import InformationGain
 from ftrun.select.scorers.igf import Igf
+from ftrun.select.trials.inner import prepared_rows
+from ftrun.select.trials.probes import InformationGain
 from ftrun.select.trials.secondary import Fit, SecondaryLearner, padded
 
 FAST: dict[str, Any] = {"probes": 12, "objective": 4, "learning_rate": 1e-2, "learner_rate": 1e-2, "learner_epochs": 3}

@@ -10,11 +10,11 @@ import torch
 
 from ftrun.errors import ConfigError, DataError
 from ftrun.models.fast import speed_up
-from ftrun.select.scoring.next_token import chat_prompt, next_token, word_ids
-from ftrun.select.trials.rollouts import rollouts
 from ftrun.select.scorers.ppl_response import PplResponse
 from ftrun.select.scorers.select2reason import Select2Reason, rank_share, share_of_top, trace_of, without_repeats
 from ftrun.select.scorers.selectit import RATING_PROMPTS, SelectIt, rating
+from ftrun.select.scoring.next_token import chat_prompt, next_token, word_ids
+from ftrun.select.trials.rollouts import rollouts
 
 
 def ids(bundle, text: str) -> list[int]:
@@ -219,8 +219,8 @@ def test_the_pass_rate_is_what_the_answers_score(make_pool, context, bundle):
     ctx = context()
     scorer = Select2Reason(difficulty="pass_rate", rollouts=4, max_new_tokens=6)
     scores = scorer.score(make_pool(rows), ctx)
+    from ftrun.data.answers import check_of
     from ftrun.data.render import Renderer
-    from ftrun.evaluation.answers import check_of
 
     pool = make_pool(rows)
     prompt = Renderer(bundle.tokenizer).prompt_ids(pool[0])

@@ -11,9 +11,9 @@ import torch
 from ftrun.errors import ConfigError
 from ftrun.models.fast import speed_up
 from ftrun.select.base import Budget, Table
-from ftrun.select.trials.inner import InnerTraining
 from ftrun.select.pickers.first_chunk import FirstChunk, in_chunks
 from ftrun.select.scorers.learning_percentage import LearningPercentage
+from ftrun.select.trials.inner import InnerTraining
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

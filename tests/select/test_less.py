@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from ftrun.errors import ConfigError, DataError, ResourceError
+from ftrun.select.base import Budget, Table
 from ftrun.select.geometry import gradients
-from ftrun.select.base import Budget, Similarity, Table
 from ftrun.select.geometry.gradients import GradientFeatures, Projection
-from ftrun.select.trials.inner import InnerTraining, prepared_rows
 from ftrun.select.pickers.round_robin import RoundRobin
 from ftrun.select.pickers.top_k import TopK
 from ftrun.select.scorers import less
 from ftrun.select.scorers.less import Less, task_influence
+from ftrun.select.trials.inner import InnerTraining, prepared_rows
+from ftrun.training.scoring import Similarity
 
 SMALL = {"warmup_rows": 0.5, "epochs": 2, "batch_size": 4, "r": 4, "dimension": 256, "learning_rate": 1e-2}
 

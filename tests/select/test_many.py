@@ -12,8 +12,8 @@ from ftrun import cli
 from ftrun.config import compose
 from ftrun.data import pool as pools
 from ftrun.errors import ConfigError
-from ftrun.select.many import agreed
-from ftrun.select.scoring.engine import Scoring
+from ftrun.stages.many import agreed
+from ftrun.training.scoring import Scoring
 
 FILES = ("scores.parquet", "selected.jsonl", "lengths.parquet", "audit.parquet", "summary.json", "config.yaml")
 
@@ -39,8 +39,8 @@ def test_one_pool_one_engine_and_the_usual_files(select, monkeypatch, capsys):
         return compute(self, texts, name, measure, keys, places, packed)
 
     monkeypatch.setattr(Scoring, "_compute", counted)
-    monkeypatch.setattr("ftrun.stages.chain.load_pool", lambda *given: reads.append(1) or read(*given))
-    monkeypatch.setattr("ftrun.stages.chain.load_bundle", _counting("ftrun.stages.chain.load_bundle", loads))
+    monkeypatch.setattr("ftrun.stages.rows.load_pool", lambda *given: reads.append(1) or read(*given))
+    monkeypatch.setattr("ftrun.stages.attach.load_bundle", _counting("ftrun.stages.attach.load_bundle", loads))
     out = select("ifd,superfiltering,longest", "budget=6", "select.template=plain", code=2)
     assert "recipe longest: there is no key" in capsys.readouterr().err
     out = select("superfiltering,ifd,longest", "budget=6", "--json")

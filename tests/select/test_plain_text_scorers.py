@@ -10,10 +10,10 @@ import pytest
 
 from ftrun.errors import ConfigError
 from ftrun.select.base import Budget, Table
-from ftrun.select.scoring.lengths import demanded_lengths, length_score, text_length
 from ftrun.select.pickers.zip import Archive, ZipPicker
 from ftrun.select.scorers.long_output_min import LongOutputMin
 from ftrun.select.scorers.zip import Zip
+from ftrun.select.scoring.lengths import demanded_lengths, length_score, text_length
 
 
 def text_of(row) -> bytes:

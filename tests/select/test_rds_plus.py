@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ftrun.errors import ConfigError, DataError, ResourceError
-from ftrun.select.geometry import nearest
 from ftrun.select.base import Budget, Scorer, Table
+from ftrun.select.geometry import nearest
 from ftrun.select.geometry.embed import embed_rows
 from ftrun.select.pickers.round_robin import RoundRobin
 from ftrun.select.pickers.top_k import TopK

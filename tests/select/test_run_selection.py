@@ -12,10 +12,10 @@ import pytest
 
 from ftrun.config.settings import SelectConfig
 from ftrun.errors import ConfigError, DataError, ResourceError
-from ftrun.reporting.choice import AUDITED, example_rows
 from ftrun.reporting.run import Run
+from ftrun.select.audit import AUDITED, example_rows
 from ftrun.select.run import run_selection
-from ftrun.select.scoring.engine import Scoring
+from ftrun.training.scoring import Scoring
 
 
 @pytest.fixture

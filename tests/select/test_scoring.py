@@ -9,7 +9,7 @@ import pytest
 
 from ftrun.errors import ComponentError, DataError
 from ftrun.models.fast import packs_for_free, speed_up
-from ftrun.select.scoring.engine import Scoring, segments
+from ftrun.training.scoring import Scoring, segments
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_packed_texts_score_as_they_do_alone(scoring, texts, bundle, monkeypatch
     assert packs_for_free(bundle.model, bundle.architecture)
     table = segments(texts)
     packed = scoring(batch_tokens=200).token_nll(table)
-    monkeypatch.setattr("ftrun.select.scoring.engine.packs_for_free", lambda model, architecture: False)
+    monkeypatch.setattr("ftrun.training.scoring.packs_for_free", lambda model, architecture: False)
     apart = scoring(batch_tokens=200).token_nll(table)
     np.testing.assert_allclose(packed, apart, atol=1e-6)
 

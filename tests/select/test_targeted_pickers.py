@@ -9,14 +9,15 @@ import pytest
 
 from ftrun import cli
 from ftrun.errors import ConfigError
-from ftrun.select.base import Budget, Similarity, Table
+from ftrun.select.base import Budget, Table
 from ftrun.select.geometry.nearest import best_places, nearest_rows
+from ftrun.select.geometry.transport import sinkhorn
 from ftrun.select.pickers.doubly_greedy import DoublyGreedy
 from ftrun.select.pickers.knn_kde import KnnKde
 from ftrun.select.pickers.knn_uniform import KnnUniform
 from ftrun.select.pickers.round_robin import RoundRobin
 from ftrun.select.pickers.uot import Uot
-from ftrun.select.geometry.transport import sinkhorn
+from ftrun.training.scoring import Similarity
 
 ROWS, QUERIES = 120, 7
 PICKERS = [

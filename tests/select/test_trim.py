@@ -13,9 +13,9 @@ from ftrun.config.settings import DataConfig, SelectConfig
 from ftrun.data.batches import collate
 from ftrun.errors import ConfigError
 from ftrun.models.attention import states_and_maps
-from ftrun.select.trials.inner import InnerTraining
 from ftrun.select.scorers.trim import Trim, received, saliency, sharpness
-from ftrun.select.scoring.engine import segments
+from ftrun.select.trials.inner import InnerTraining
+from ftrun.training.scoring import segments
 
 
 @pytest.fixture

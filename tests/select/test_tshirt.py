@@ -10,13 +10,13 @@ import torch
 
 from ftrun.errors import ConfigError
 from ftrun.models.fast import packs_for_free, speed_up
+from ftrun.runs.progress import Reporter
 from ftrun.select.base import Budget, Table
 from ftrun.select.pickers.steady import Steady
-from ftrun.select.scoring.quantiles import percentile, rows_on_disk
 from ftrun.select.scorers.superfiltering import Superfiltering
 from ftrun.select.scorers.tshirt import Tshirt, noise, selective_ifd
-from ftrun.select.scoring.engine import Scoring
-from ftrun.training.progress import Reporter
+from ftrun.select.scoring.quantiles import percentile, rows_on_disk
+from ftrun.training.scoring import Scoring
 
 
 def ids(bundle, text: str) -> list[int]:
@@ -103,7 +103,7 @@ def test_rows_apart_score_as_packed(rows, make_pool, context, bundle, monkeypatc
     speed_up(bundle.model)
     assert packs_for_free(bundle.model, bundle.architecture)
     packed = Tshirt(copies=2).score(make_pool(rows), context())
-    monkeypatch.setattr("ftrun.select.scoring.engine.packs_for_free", lambda model, architecture: False)
+    monkeypatch.setattr("ftrun.training.scoring.packs_for_free", lambda model, architecture: False)
     apart = Tshirt(copies=2).score(make_pool(rows), context())
     for name, values in packed.items():
         np.testing.assert_allclose(apart[name], values, atol=1e-6)

@@ -8,10 +8,10 @@ import pytest
 from ftrun.config.settings import SelectConfig
 from ftrun.errors import ConfigError
 from ftrun.models.fast import speed_up
-from ftrun.select.trials import warmup
-from ftrun.select.trials.inner import InnerTraining
 from ftrun.select.scorers.ifd import Ifd
 from ftrun.select.scoring.texts import read_turns
+from ftrun.select.trials import warmup
+from ftrun.select.trials.inner import InnerTraining
 from ftrun.select.trials.warmup import strided, warmup_rows
 
 WARM = {"warmup": 8, "warmup_clusters": 4, "warmup_learning_rate": 1e-2, "warmup_epochs": 2}

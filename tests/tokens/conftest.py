@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from ftrun.config.settings import ModelConfig, Settings
-from ftrun.runs.context import Context
 from ftrun.data.batches import micro_batches
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_bundle
+from ftrun.runs.progress import Reporter
 from ftrun.tokens.base import TokenPolicy
-from ftrun.training.progress import Reporter
+from ftrun.training.context import Context
 from ftrun.training.view import StepView
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from ftrun.data.answers import Check
 from ftrun.data.prepare import prepare
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.answers import Check
 from ftrun.tokens import continuations
 from ftrun.tokens.policies import critical_token_ft
 from ftrun.tokens.policies.critical_token_ft import CriticalTokenFt
@@ -245,13 +245,13 @@ def test_work_that_was_done_is_not_done_again(bundle, chatty, checked, ready, mo
         policy.precompute(table, ctx)
     monkeypatch.setattr(continuations.Continuations, "write", write)
     monkeypatch.setattr(continuations.Continuations, "minutes", lambda self, starts, new: 0.0)
-    generate = continuations.Generation.generate
+    generate = continuations.Writer.generate
 
     def counted(self, bundle, prompts, stops, seed):
         written.append(len(prompts))
         return generate(self, bundle, prompts, stops, seed)
 
-    monkeypatch.setattr(continuations.Generation, "generate", counted)
+    monkeypatch.setattr(continuations.Writer, "generate", counted)
     scores, _ = CriticalTokenFt(max_new_tokens=LONGEST).precompute(table, ctx)
     assert sum(written) < ctx.facts["critical_tokens"]["tested"]
     np.testing.assert_array_equal(scores, expected(bundle, ctx, table, odd, chatty))

@@ -67,7 +67,7 @@ def test_rows_without_a_source_are_left_out_and_counted(context, tmp_path):
 )
 def test_answers_are_applied_and_never_fail(answer, text, refused, edited, bundle):
     from ftrun.data.render import Renderer
-    from ftrun.evaluation.evaluators.generation import stop_ids
+    from ftrun.evaluation.answering import stop_ids
 
     ctx, pool = edited
     ctx.heldout = pool.subset([0])

@@ -10,8 +10,8 @@ import torch
 
 from ftrun.errors import ConfigError
 from ftrun.select.trials.inner import InnerTraining, by_content
-from ftrun.tokens.reference import drawn_rows, losses_after, own_scoring, short_training
 from ftrun.tokens.policies.token_cleaning import TokenCleaning
+from ftrun.tokens.reference import drawn_rows, losses_after, own_scoring, short_training
 from ftrun.training.loop import Trainer
 
 QUICK = {"reference": "auto", "reference_rows": 0.5, "reference_epochs": 3, "reference_learning_rate": 1e-2}

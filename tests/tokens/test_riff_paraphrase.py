@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from ftrun.runs.context import Context
 from ftrun.data.prepare import prepare
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
@@ -20,7 +19,6 @@ from ftrun.errors import ConfigError, DataError
 from ftrun.objectives.sft import Sft
 from ftrun.select.trials.inner import InnerTraining
 from ftrun.tokens import paraphraser as module
-from ftrun.tokens.policies import riff_paraphrase
 from ftrun.tokens.paraphraser import (
     DiverseBeams,
     Drafts,
@@ -30,8 +28,10 @@ from ftrun.tokens.paraphraser import (
     mml_loss,
     z_scored,
 )
+from ftrun.tokens.policies import riff_paraphrase
 from ftrun.tokens.policies.riff_paraphrase import RiffParaphrase
 from ftrun.tokens.run import edit_rows
+from ftrun.training.context import Context
 from ftrun.training.loop import Trainer
 from ftrun.training.view import StepView
 

@@ -19,9 +19,9 @@ from ftrun.errors import ConfigError
 from ftrun.objectives.sft import Sft
 from ftrun.tokens.base import TokenPolicy
 from ftrun.tokens.policies.q_tuning import QTuning
+from ftrun.tokens.policies.talr import Talr
 from ftrun.tokens.run import run_tokens
 from ftrun.tokens.several import Several
-from ftrun.tokens.policies.talr import Talr
 from ftrun.training.view import StepView
 
 

@@ -13,8 +13,8 @@ from ftrun.data.pool import load_pool
 from ftrun.data.records import Record
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
-from ftrun.tokens.run import edit_rows
 from ftrun.tokens.policies.symbol_tuning import TEMPLATES, Symbols, SymbolTuning
+from ftrun.tokens.run import edit_rows
 
 WORDS = ["quick", "brown", "jumps", "table", "chair"]
 LABELS = ("nice", "awful", "soso")

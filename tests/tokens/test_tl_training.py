@@ -16,8 +16,8 @@ from ftrun.data.prepare import prepare
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError
 from ftrun.objectives.sft import Sft
-from ftrun.tokens.run import edit_rows
 from ftrun.tokens.policies.tl_training import TlTraining, branches, squeezed
+from ftrun.tokens.run import edit_rows
 from ftrun.training.view import StepView
 
 TOOLS = ["get_weather", "get_news", "get_weather_map", "quick"]

@@ -13,8 +13,8 @@ from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.tokens.policies.none import NoPolicy
-from ftrun.tokens.run import run_tokens, write_tokens
 from ftrun.tokens.policies.token_cleaning import TokenCleaning, highest
+from ftrun.tokens.run import run_tokens, write_tokens
 
 
 def losses(model, table) -> np.ndarray:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from ftrun.training.progress import Reporter
+from ftrun.runs.progress import Reporter
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = """
 import sys
 from pathlib import Path
-from ftrun.training.progress import Reporter
+from ftrun.runs.progress import Reporter
 assert "torch" not in sys.modules
 report = Reporter()
 report.note("early")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ftrun.config.settings import Settings
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("adapter", "lisa")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ftrun.adapters.full.none import load_again
 from ftrun.adapters.peft_adapter import PeftAdapter, resolve_targets, task_type
+from ftrun.adapters.plain_weights import load_again
 from ftrun.errors import CheckpointError, ComponentError, ConfigError, nearest
 from ftrun.registry import register
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ftrun.config.settings import Settings
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 PLAIN_INITS = ("true", "false", "gaussian", "eva")  # leave the base alone, and need only its outputs
 FULL_INITS = ("orthogonal", "mica", "pissa", "olora", "corda", "lora_ga")  # read or change full-precision weights

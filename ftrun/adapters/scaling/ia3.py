@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft import IA3Config
 
     from ftrun.config.settings import Settings
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("adapter", "ia3")

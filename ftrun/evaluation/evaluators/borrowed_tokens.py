@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from ftrun.config.settings import ModelConfig
-from ftrun.runs.context import cache_dir
 from ftrun.data.pool import load_pool
 from ftrun.errors import ConfigError, DataError
+from ftrun.evaluation.averages import ratio
 from ftrun.evaluation.base import Evaluation, Evaluator, Metric
-from ftrun.evaluation.evaluators.heldout import ratio
-from ftrun.evaluation.evaluators.token_shift import Answer, TokenShift
+from ftrun.evaluation.shifts import Answer, Comparison
 from ftrun.models.load import load_bundle
 from ftrun.registry import register
+from ftrun.runs.artifacts import cache_dir
 from ftrun.select.geometry.embed import MINILM_LENGTH, embed_texts
 from ftrun.select.geometry.nearest import best_places, products
-from ftrun.select.scoring.engine import Scoring
+from ftrun.training.scoring import Scoring
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("eval", "borrowed_tokens")
@@ -56,7 +56,7 @@ class BorrowedTokens(Evaluator):
 
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
         responses = self._responses(bundle, ctx)
-        shift = TokenShift(self.base, self.context, self.rows, self.max_new_tokens, self.batch_size)
+        shift = Comparison(self.base, self.context, self.rows, self.max_new_tokens, self.batch_size)
         answers = shift.answers(bundle, ctx, "borrowed_tokens")
         near = self._nearest(answers, responses, bundle, ctx)
         held = [

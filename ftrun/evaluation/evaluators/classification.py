@@ -11,12 +11,13 @@ import torch
 from ftrun.data.batches import collate, length_sorted, token_budget
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import DataError
+from ftrun.evaluation.averages import macro_f1
 from ftrun.evaluation.base import Evaluation, Evaluator, Metric, nothing_held_out
 from ftrun.registry import register
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("eval", "classification")
@@ -81,13 +82,3 @@ class Classification(Evaluator):
         for part in ctx.team.gather_object(found):
             everywhere |= part
         return np.stack([everywhere[row] for row in range(len(table))])
-
-
-def macro_f1(gold: np.ndarray, answers: np.ndarray) -> float:
-    """Mean over the classes that occur in either of ``2 * hits / (labels + answers)``."""
-    classes = np.union1d(gold, answers)
-    scores = []
-    for label in classes:
-        hits = np.sum((gold == label) & (answers == label))
-        scores.append(2 * hits / (np.sum(gold == label) + np.sum(answers == label)))
-    return float(np.mean(scores))

@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftrun.data import edits
+from ftrun.data.answers import normalised, word_f1
 from ftrun.errors import ConfigError
-from ftrun.evaluation.answers import normalised, word_f1
+from ftrun.evaluation.answering import Answering, Prompt
 from ftrun.evaluation.base import Evaluation, Metric
-from ftrun.evaluation.evaluators.generation import Generation, Prompt
 from ftrun.registry import register
-from ftrun.tokens.policies.edit_span import SOURCE, TARGET
+from ftrun.tokens.edited import EDIT_SOURCE, EDIT_TARGET
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("eval", "edit_span")
 @dataclass
-class EditSpans(Generation):
+class EditSpans(Answering):
     """Generates edits for held-out rows of tokens=edit_span, applies them to the source and compares with the target.
 
     ``accuracy`` is the share of edited texts that are the target (apart from case, spaces and final punctuation),
@@ -43,13 +43,13 @@ class EditSpans(Generation):
 
     def _judge(self, tokenizer: Any, prompt: Prompt, ids: list[int], stops: list[int]) -> dict[str, Any]:
         fields = prompt.record.fields
-        if not (isinstance(fields.get(SOURCE), str) and isinstance(fields.get(TARGET), str)):
+        if not (isinstance(fields.get(EDIT_SOURCE), str) and isinstance(fields.get(EDIT_TARGET), str)):
             raise ConfigError(
                 "eval=edit_span applies edits, and the held-out rows hold none",
                 "eval=edit_span",
                 "Add tokens=edit_span.",
             )
-        source, target = fields[SOURCE], fields[TARGET]
+        source, target = fields[EDIT_SOURCE], fields[EDIT_TARGET]
         row = super()._judge(tokenizer, prompt, ids, stops)
         wanted, unread = edits.read(row["output"])
         text, refused = edits.apply(wanted, source)

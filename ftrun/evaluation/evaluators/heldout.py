@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from ftrun.errors import ConfigError
+from ftrun.evaluation.averages import ratio
 from ftrun.evaluation.base import Evaluation, Evaluator, Metric, nothing_held_out
 from ftrun.evaluation.likelihood import Likelihood, likelihood
 from ftrun.registry import register
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("eval", "heldout")
@@ -71,16 +72,3 @@ class Heldout(Evaluator):
             for row, total, count, right in zip(rows, nll, tokens, correct, strict=True)
         ]
         return Evaluation(metrics, predictions)
-
-
-def ratio(totals: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
-    """``sum(totals) / sum(counts)`` with its standard error over rows, both (rows,).
-
-    Linearised ratio estimator (Cochran, Sampling Techniques, 1977, section 6.4); None for a single row.
-    """
-    n, all_counts = len(counts), math.fsum(counts)
-    value = math.fsum(totals) / all_counts
-    if n < 2:
-        return value, None
-    spread = math.fsum((totals - value * counts) ** 2)
-    return value, math.sqrt(n / (n - 1) * spread) / all_counts

@@ -10,14 +10,14 @@ import numpy as np
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation.base import Evaluation, Evaluator, Metric
-from ftrun.evaluation.evaluators.generation import Generation, stop_ids
+from ftrun.models.generation import Writer, stop_ids
 from ftrun.registry import register
 from ftrun.select.scoring.lengths import check_patterns, demanded_lengths, length_score, text_length
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.records import Record
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("eval", "length_score")
@@ -60,7 +60,7 @@ class LengthScore(Evaluator):
             )
         batches = [prompts[start : start + self.batch_size] for start in range(0, len(prompts), self.batch_size)]
         stops = stop_ids(bundle, renderer)
-        writer = Generation(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+        writer = Writer(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
         answered: list[dict[str, Any]] = []
         mine = batches[ctx.team.rank :: ctx.team.world_size]
         with ctx.report.task("write long answers", sum(map(len, mine)), unit="rows") as task:

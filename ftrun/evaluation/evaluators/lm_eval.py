@@ -13,8 +13,8 @@ from ftrun.evaluation.base import Evaluation, Evaluator, Metric
 from ftrun.registry import register
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("eval", "lm_eval")

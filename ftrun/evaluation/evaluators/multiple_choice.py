@@ -16,8 +16,8 @@ from ftrun.evaluation.likelihood import likelihood
 from ftrun.registry import register
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @dataclass

@@ -22,9 +22,9 @@ from ftrun.registry import register
 from ftrun.tokens.reference import check_same_tokenizer
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("eval", "perturbation")

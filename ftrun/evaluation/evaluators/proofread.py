@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftrun.errors import ConfigError, DataError
+from ftrun.evaluation.answering import Answering, Prompt
 from ftrun.evaluation.base import Evaluation, Metric
-from ftrun.evaluation.evaluators.generation import Generation, Prompt
 from ftrun.models.load import load_bundle
 from ftrun.registry import register
 from ftrun.select.scoring.next_token import chat_prompt, next_token
-from ftrun.select.scoring.engine import Scoring
-from ftrun.tokens.policies.gec_proofread import SOURCE
+from ftrun.tokens.edited import SOURCE
+from ftrun.training.scoring import Scoring
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 NO_ERROR = "Is this text free of errors in spelling, grammar and punctuation? Answer yes or no."
 SAME_MEANING = "Do these two texts mean the same? Answer yes or no."
@@ -27,7 +27,7 @@ SAME_MEANING = "Do these two texts mean the same? Answer yes or no."
 
 @register("eval", "proofread")
 @dataclass
-class Proofread(Generation):
+class Proofread(Answering):
     """Generates corrections of held-out texts and compares them with the clean ones (Liu et al., 2024, arXiv:2406.04523).
 
     ``accuracy`` is the share that is the clean text to the letter (EM), ``normalised_match`` the share that is so apart

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,16 +12,25 @@ from safetensors.numpy import load_file, save_file
 from ftrun.data.batches import collate, length_sorted, token_budget
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError
+from ftrun.evaluation.averages import macro_f1
 from ftrun.evaluation.base import Evaluation, Evaluator, Metric, nothing_held_out
-from ftrun.evaluation.evaluators.classification import macro_f1
-from ftrun.objectives.perfect import Perfect
 from ftrun.registry import register
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from torch import Tensor
+
+    from ftrun.data.batches import Batch
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 FILE = "prototypes.safetensors"
+
+
+@runtime_checkable
+class ReadsMasks(Protocol):
+    """An objective that puts masks into a row and classifies by the states there."""
+
+    def states(self, bundle: Bundle, batch: Batch) -> Tensor: ...
 
 
 @register("eval", "prototypes")
@@ -43,7 +52,7 @@ class Prototypes(Evaluator):
 
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
         objective = ctx.settings.component("objective")
-        if not isinstance(objective, Perfect):
+        if not isinstance(objective, ReadsMasks):
             raise ConfigError(
                 "eval=prototypes reads the states at the masks that objective=perfect puts into a row",
                 f"objective={ctx.settings.choice('objective')}",
@@ -73,7 +82,7 @@ class Prototypes(Evaluator):
         ]
         return Evaluation(metrics, predictions)
 
-    def _prototypes(self, objective: Perfect, bundle: Bundle, ctx: Context, classes: int) -> np.ndarray:
+    def _prototypes(self, objective: ReadsMasks, bundle: Bundle, ctx: Context, classes: int) -> np.ndarray:
         """(classes, masks, width) from the training rows, or those that the run has kept."""
         file = ctx.out / "eval" / FILE
         if ctx.train_tokens is None:
@@ -93,7 +102,7 @@ class Prototypes(Evaluator):
         return found
 
     @torch.no_grad()
-    def _states(self, objective: Perfect, bundle: Bundle, table: TokenTable, ctx: Context) -> np.ndarray:
+    def _states(self, objective: ReadsMasks, bundle: Bundle, table: TokenTable, ctx: Context) -> np.ndarray:
         """States at the masks of every row, (rows, masks, width), on all processes alike."""
         batches = length_sorted(np.asarray(table.lengths), token_budget(self.batch_tokens, bundle.device))
         mine = batches[ctx.team.rank :: ctx.team.world_size]

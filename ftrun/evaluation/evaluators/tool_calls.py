@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from ftrun.data.calls import call_reward, read_call, tools_of
 from ftrun.errors import ConfigError
+from ftrun.evaluation.answering import Answering, Prompt
 from ftrun.evaluation.base import Evaluation, Metric
-from ftrun.evaluation.evaluators.generation import Generation, Prompt
 from ftrun.registry import register
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.render import Renderer
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("eval", "tool_calls")
 @dataclass
-class ToolCalls(Generation):
+class ToolCalls(Answering):
     """Generates the last call of held-out conversations and compares it with the right one.
 
     ``accuracy`` is the share of calls that are right in tool, argument names and values, ``readable`` the share that is

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+from ftrun.data.answers import check_of
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.answers import check_of
+from ftrun.evaluation.answering import Prompt, heldout_prompts
 from ftrun.evaluation.base import Evaluation, Evaluator, Metric
-from ftrun.evaluation.evaluators.generation import Generation, Prompt, heldout_prompts
+from ftrun.models.generation import Writer
 from ftrun.registry import register
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.records import Message
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 FENCE = "```"
 STOPS = ("# Query", "# User")  # how the next turn begins
@@ -101,7 +102,7 @@ class Urial(Evaluator):
         prompts = sorted(self._prompts(bundle, ctx), key=lambda prompt: (-len(prompt.ids), prompt.record.id))
         batches = [prompts[start : start + self.batch_size] for start in range(0, len(prompts), self.batch_size)]
         mine = batches[ctx.team.rank :: ctx.team.world_size]
-        writer = Generation(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+        writer = Writer(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
         stops = _ends(bundle)
         answered: list[dict[str, Any]] = []
         with ctx.report.task("answer after examples", sum(map(len, mine)), unit="rows") as task:

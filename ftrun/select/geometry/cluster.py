@@ -10,10 +10,10 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.select.base import Table
 from ftrun.select.geometry.embed import embed_rows
-from ftrun.select.scorers.random import row_numbers
+from ftrun.select.row_numbers import row_numbers
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 FITTED_A_CENTRE = 50  # rows a centre that k-means looks at; more move the centres little
 FITTED_AT_LEAST = 20_000  # smaller pools are looked at whole

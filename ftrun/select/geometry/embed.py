@@ -10,14 +10,14 @@ import numpy as np
 from ftrun.config.settings import ModelConfig
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.models.load import load_bundle
-from ftrun.select.scoring.engine import Scoring
 from ftrun.select.scoring.texts import added_ids, row_text
+from ftrun.training.scoring import Scoring
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.records import Record
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 MINILM_LENGTH = 256  # tokens that all-MiniLM-L6-v2 was trained to read; longer texts are embedded by their beginning
 

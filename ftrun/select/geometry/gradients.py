@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError
 from ftrun.models.head import token_nll
-from ftrun.select.scoring.engine import aligned_batch
+from ftrun.training.scoring import aligned_batch
 
 if TYPE_CHECKING:
     from ftrun.data.batches import Batch
@@ -146,3 +147,8 @@ class GradientFeatures:
         if missing:
             raise ComponentError(f"the model has no trained parameter {missing[0]}, which its checkpoint names")
         return [known[name] for name in self.checkpoint.weights]
+
+
+def joined(tables: list[TokenTable]) -> TokenTable:
+    """One table of all sequences."""
+    return TokenTable.from_sequences([table.sequence(i) for table in tables for i in range(len(table.lengths))])

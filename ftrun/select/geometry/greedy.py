@@ -12,7 +12,7 @@ import numpy as np
 from ftrun.select.base import Budget
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 EXACT_ROWS = 12_000  # rows that are compared all with all without being asked for; 576 MB of similarities
 SAMPLED = 1024  # rows that an estimate of time compares

@@ -8,13 +8,14 @@ import numpy as np
 
 from ftrun import registry
 from ftrun.errors import ComponentError, ConfigError, DataError, ResourceError
-from ftrun.select.base import Similarity, Table
-from ftrun.training.memory import available_bytes
+from ftrun.runs.memory import available_bytes
+from ftrun.select.base import Budget, Table
+from ftrun.training.scoring import Similarity
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
     from ftrun.select.queries import Queries
+    from ftrun.training.context import Context
 
 ROWS_AT_ONCE = 4096
 ALIGNED = 16  # queries of a product come in multiples of this, rows in whole blocks: then every product rounds alike
@@ -137,3 +138,24 @@ def nearest_rows(similarity: Similarity, candidates: np.ndarray, count: int) -> 
 def by_mass(mass: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """The candidates (ascending places) by falling mass, ties by place."""
     return candidates[np.argsort(-mass, kind="stable")]
+
+
+def check_bounds(alpha: float, c: float, neighbours: int) -> None:
+    """Raise ConfigError for a knob out of its range."""
+    if not 0 < alpha < 1:
+        raise ConfigError("alpha lies between 0 and 1", f"select.picker.alpha={alpha}")
+    if not c > 0:
+        raise ConfigError("c is above 0", f"select.picker.c={c}")
+    if neighbours < 2:
+        raise ConfigError("a query has at least 2 neighbours", f"select.picker.neighbours={neighbours}")
+
+
+def warn_of_massless(mass: np.ndarray, table: Table, candidates: np.ndarray, budget: Budget, ctx: Context) -> None:
+    """Say when the budget reaches rows that no query gave any mass: they come in the order of the pool."""
+    picked = len(budget.take(by_mass(mass, candidates), table.lengths))
+    carriers = int((mass > 0).sum())
+    if picked > carriers:
+        ctx.report.warn(
+            f"only {carriers:,} rows have any mass, and {picked:,} are picked: the others come in the order of the pool. "
+            "Lower select.picker.alpha, raise select.picker.neighbours, or lower the budget"
+        )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 ROWS_AT_ONCE = 8192
 SLOW_FROM = 10**9  # entries of the matrix from which an iteration takes many seconds

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from ftrun.runs.artifacts import digest
 from ftrun.errors import ComponentError, ConfigError
 from ftrun.registry import register
+from ftrun.runs.artifacts import digest
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.trials.chooser import Answers, Chooser, LocalChooser, RemoteChooser
-from ftrun.select.scorers.random import row_numbers
+from ftrun.select.row_numbers import row_numbers
 from ftrun.select.scoring.texts import row_text
+from ftrun.select.trials.chooser import Answers, Chooser, LocalChooser, RemoteChooser
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 QUESTION = """\
 A training set for a language model is being built row by row. Each row is one line: a request and its response.

@@ -13,7 +13,7 @@ from ftrun.select.base import Budget, Picker, Table
 from ftrun.select.geometry.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, places_within
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "cluster_share")

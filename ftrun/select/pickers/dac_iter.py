@@ -17,9 +17,9 @@ from ftrun.select.trials.rewards import likelihood, reward
 from ftrun.select.trials.rollouts import rollouts
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
     from ftrun.data.records import Record
+    from ftrun.training.context import Context
 
 
 @register("picker", "dac_iter")

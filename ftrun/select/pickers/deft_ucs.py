@@ -10,10 +10,18 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.geometry.cluster import BLOCK, Clustering, by_content, check_kmeans, cluster_rows, embeddings_of, in_turns
+from ftrun.select.geometry.cluster import (
+    BLOCK,
+    Clustering,
+    by_content,
+    check_kmeans,
+    cluster_rows,
+    embeddings_of,
+    in_turns,
+)
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "deft_ucs")

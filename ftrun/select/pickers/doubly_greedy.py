@@ -12,7 +12,7 @@ from ftrun.select.base import Budget, Picker, Table
 from ftrun.select.geometry.nearest import by_mass, similarity_of
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "doubly_greedy")

@@ -11,7 +11,7 @@ from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "everything")

@@ -9,13 +9,12 @@ import numpy as np
 
 from ftrun.errors import ConfigError
 from ftrun.registry import register
-from ftrun.select.base import Budget, Picker, Table
+from ftrun.select.base import Budget, Picker, Table, ranked
 from ftrun.select.geometry.cluster import by_content, embeddings_of, picker_name
 from ftrun.select.geometry.greedy import EXACT_ROWS, Goal, block_by_block, seconds_for, spoken
-from ftrun.select.pickers.top_k import ranked
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 RENEWED = 32  # stale gains that are computed anew at a time
 BLOCK = 1024  # rows whose similarities are computed at a time

@@ -14,7 +14,7 @@ from ftrun.select.geometry.cluster import by_content, embeddings_of, picker_name
 from ftrun.select.geometry.greedy import EXACT_ROWS, Goal, block_by_block, seconds_for, spoken
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "k_center")

@@ -12,7 +12,7 @@ from ftrun.select.base import Budget, Picker, Table
 from ftrun.select.geometry.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, in_turns
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "kmeans_random")

@@ -11,10 +11,10 @@ from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
 from ftrun.select.geometry.cluster import by_content, check_kmeans, cluster_rows, embeddings_of, in_turns
-from ftrun.select.scorers.random import row_numbers
+from ftrun.select.row_numbers import row_numbers
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "kmq")

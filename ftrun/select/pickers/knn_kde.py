@@ -10,11 +10,10 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.geometry.nearest import by_mass, nearest_rows, similarity_of
-from ftrun.select.pickers.knn_uniform import check_bounds, warn_of_massless
+from ftrun.select.geometry.nearest import by_mass, check_bounds, nearest_rows, similarity_of, warn_of_massless
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 AT_ONCE = 256  # rows compared with all others in one product
 SLOW_FROM = 50_000  # rows from which comparing all with all is worth a word

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.geometry.nearest import by_mass, nearest_rows, similarity_of
+from ftrun.select.geometry.nearest import by_mass, check_bounds, nearest_rows, similarity_of, warn_of_massless
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "knn_uniform")
@@ -54,24 +53,3 @@ class KnnUniform(Picker):
         gaps = (ks * distances[:, 1:] - np.cumsum(distances, axis=1)[:, :-1]).sum(axis=0)
         enough = np.flatnonzero(self.alpha / self.c * gaps >= (1 - self.alpha) * queries)
         return int(ks[enough[0]]) if len(enough) else most
-
-
-def check_bounds(alpha: float, c: float, neighbours: int) -> None:
-    """Raise ConfigError for a knob out of its range."""
-    if not 0 < alpha < 1:
-        raise ConfigError("alpha lies between 0 and 1", f"select.picker.alpha={alpha}")
-    if not c > 0:
-        raise ConfigError("c is above 0", f"select.picker.c={c}")
-    if neighbours < 2:
-        raise ConfigError("a query has at least 2 neighbours", f"select.picker.neighbours={neighbours}")
-
-
-def warn_of_massless(mass: np.ndarray, table: Table, candidates: np.ndarray, budget: Budget, ctx: Context) -> None:
-    """Say when the budget reaches rows that no query gave any mass: they come in the order of the pool."""
-    picked = len(budget.take(by_mass(mass, candidates), table.lengths))
-    carriers = int((mass > 0).sum())
-    if picked > carriers:
-        ctx.report.warn(
-            f"only {carriers:,} rows have any mass, and {picked:,} are picked: the others come in the order of the pool. "
-            "Lower select.picker.alpha, raise select.picker.neighbours, or lower the budget"
-        )

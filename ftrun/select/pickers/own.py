@@ -12,7 +12,7 @@ from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Scorer, Table
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "own")

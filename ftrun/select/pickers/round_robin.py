@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from ftrun.registry import register
-from ftrun.select.base import Budget, Picker, Similarity, Table
+from ftrun.select.base import Budget, Picker, Table
 from ftrun.select.geometry.nearest import best_places, similarity_of
+from ftrun.training.scoring import Similarity
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "round_robin")

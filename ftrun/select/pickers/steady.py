@@ -9,11 +9,10 @@ import numpy as np
 
 from ftrun.errors import ConfigError
 from ftrun.registry import register
-from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.pickers.top_k import ranked
+from ftrun.select.base import Budget, Picker, Table, ranked
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "steady")

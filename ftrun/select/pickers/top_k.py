@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ftrun.registry import register
-from ftrun.select.base import Budget, Picker, Table
+from ftrun.select.base import Budget, Picker, Table, ranked
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "top_k")
@@ -25,9 +25,3 @@ class TopK(Picker):
             last = np.partition(below, budget.rows - 1)[budget.rows - 1]  # only what can be chosen needs an order
             candidates = candidates[~(below > last)]
         return budget.take(ranked(table, candidates, column), table.lengths)
-
-
-def ranked(table: Table, candidates: np.ndarray, column: str) -> np.ndarray:
-    """The candidates by falling score, ties by id; a NaN comes last."""
-    candidates = np.sort(candidates)
-    return candidates[np.argsort(-table.columns[column][candidates], kind="stable")]

@@ -14,7 +14,7 @@ from ftrun.select.geometry.nearest import by_mass, similarity_of
 from ftrun.select.geometry.transport import sinkhorn
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 
 @register("picker", "uot")

@@ -11,10 +11,10 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Budget, Picker, Table
-from ftrun.select.scorers.zip import row_bytes
+from ftrun.select.scoring.compressed import row_bytes
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 TRIALS_PER_SECOND = 5_000  # rows tried behind what is chosen, of a few hundred bytes each
 SLOW = 60.0  # seconds from which the time is worth telling

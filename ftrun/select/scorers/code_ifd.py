@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ftrun.registry import register
-from ftrun.select.scorers.superfiltering import Superfiltering
+from ftrun.select.scoring.difficulty import PromptedPerplexity
 
 
 @register("select", "code_ifd")
 @dataclass
-class CodeIfd(Superfiltering):
+class CodeIfd(PromptedPerplexity):
     """IFD under the model to be tuned, the best of every topic (Lv et al., 2025, arXiv:2504.12687).
 
     IFD = ppl(response | prompt) / ppl(response), the prompt being "Question: ... Answer:". Rows of 1 and more are left

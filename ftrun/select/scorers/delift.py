@@ -11,17 +11,17 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Scorer
-from ftrun.select.trials.incontext import Pace, blocks, engine_for, say_cost, timed
-from ftrun.select.queries import load_queries, load_rows
-from ftrun.select.scorers.random import row_numbers
-from ftrun.select.scoring.engine import Scoring, segments
 from ftrun.select.geometry.submodular import FacilityLocation, lazy_greedy
+from ftrun.select.queries import load_queries, load_rows
+from ftrun.select.row_numbers import row_numbers
 from ftrun.select.scoring.texts import Turns, read_turns
+from ftrun.select.trials.incontext import Pace, blocks, engine_for, say_cost, timed
+from ftrun.training.scoring import Scoring, segments
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
     from ftrun.select.queries import Queries
+    from ftrun.training.context import Context
 
 
 @register("select", "delift")

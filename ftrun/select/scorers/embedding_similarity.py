@@ -15,8 +15,8 @@ from ftrun.select.geometry.nearest import nearest_query, similarities, split_sco
 from ftrun.select.queries import load_queries
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
+    from ftrun.training.context import Context
 
 
 @register("select", "embedding_similarity")

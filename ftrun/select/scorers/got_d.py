@@ -10,15 +10,16 @@ import numpy as np
 
 from ftrun.errors import ConfigError
 from ftrun.registry import register
-from ftrun.select.base import Scorer, Similarity
+from ftrun.select.base import Scorer
 from ftrun.select.geometry.embed import embed_pieces
 from ftrun.select.geometry.nearest import nearest_query, similarities, split_scored
-from ftrun.select.queries import load_queries
 from ftrun.select.geometry.transport import sinkhorn
+from ftrun.select.queries import load_queries
+from ftrun.training.scoring import Similarity
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
+    from ftrun.training.context import Context
 
 
 @register("select", "got_d")

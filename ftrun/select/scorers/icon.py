@@ -18,19 +18,19 @@ from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ComponentError, ConfigError, DataError
 from ftrun.registry import register
 from ftrun.select.base import PlannedTraining, Scorer
+from ftrun.select.queries import load_queries
+from ftrun.select.row_numbers import row_numbers
+from ftrun.select.scoring.texts import added_ids, assistant_turns, encode
 from ftrun.select.trials.incontext import Pace, blocks, engine_for, say_cost, timed
 from ftrun.select.trials.inner import InnerTraining
-from ftrun.select.queries import load_queries
-from ftrun.select.scorers.random import row_numbers
-from ftrun.select.scoring.engine import segments
-from ftrun.select.scoring.texts import added_ids, assistant_turns, encode
+from ftrun.training.scoring import segments
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.pool import Pool
     from ftrun.data.records import Record
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 SEPARATOR = "\n\n\n"  # between a demonstration and the prompt
 NOISE = string.ascii_letters + string.digits + string.punctuation + " "

@@ -9,22 +9,22 @@ import numpy as np
 import torch
 
 from ftrun.adapters.peft_adapter import is_quantised, seeded
-from ftrun.runs.artifacts import digest
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError, ConfigError, DataError
 from ftrun.registry import register
+from ftrun.runs.artifacts import digest
 from ftrun.select.base import Scorer
+from ftrun.select.geometry.gradients import joined
+from ftrun.select.queries import load_queries
 from ftrun.select.trials.inner import by_content, prepared_rows
 from ftrun.select.trials.probes import InformationGain
-from ftrun.select.queries import load_queries
-from ftrun.select.scorers.less import joined
 from ftrun.select.trials.secondary import Fit, SecondaryLearner
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.pool import Pool
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 HELD = 512  # probed texts on which the secondary learner is tried, at most a quarter of all
 FEWEST = 8  # probed texts

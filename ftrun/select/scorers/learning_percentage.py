@@ -10,12 +10,12 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import PlannedTraining, Scorer
-from ftrun.select.trials.inner import InnerTraining, answers_table, trainable
 from ftrun.select.scoring.texts import read_turns
+from ftrun.select.trials.inner import InnerTraining, answers_table, trainable
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
+    from ftrun.training.context import Context
 
 NAMED = 20  # rows that a message names
 

@@ -11,17 +11,18 @@ import numpy as np
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError, ResourceError
 from ftrun.registry import register
-from ftrun.select.base import PlannedTraining, Scorer, Similarity
-from ftrun.select.geometry.gradients import GradientFeatures, Projection
-from ftrun.select.trials.inner import Epoch, InnerTraining, prepared_rows
+from ftrun.runs.memory import available_bytes
+from ftrun.select.base import PlannedTraining, Scorer
+from ftrun.select.geometry.gradients import GradientFeatures, Projection, joined
 from ftrun.select.geometry.nearest import check_room, products
 from ftrun.select.queries import Queries, load_queries
-from ftrun.select.scorers.random import row_numbers
-from ftrun.training.memory import available_bytes
+from ftrun.select.row_numbers import row_numbers
+from ftrun.select.trials.inner import Epoch, InnerTraining, prepared_rows
+from ftrun.training.scoring import Similarity
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
+    from ftrun.training.context import Context
 
 LARGE_FROM = 10**9  # parameters of a model for which the paper's sizes are meant
 KEPT_SHARE = 0.25  # of the free memory that the rows' features may hold until the pick
@@ -173,8 +174,3 @@ def task_influence(similarity: Similarity) -> np.ndarray:
     """Mean over the queries of each task, of those the highest, (rows,) float64."""
     tasks = np.unique(similarity.task)
     return np.max([similarity.matrix[similarity.task == task].mean(axis=0, dtype=np.float64) for task in tasks], axis=0)
-
-
-def joined(tables: list[TokenTable]) -> TokenTable:
-    """One table of all sequences."""
-    return TokenTable.from_sequences([table.sequence(i) for table in tables for i in range(len(table.lengths))])

@@ -10,12 +10,12 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Scorer, Table
+from ftrun.select.row_numbers import row_numbers
 from ftrun.select.scoring.lengths import check_patterns, demanded_lengths, length_score, text_length
-from ftrun.select.scorers.random import row_numbers
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
+    from ftrun.training.context import Context
 
 
 @register("select", "long_output_min")

@@ -12,8 +12,8 @@ from ftrun.select.base import Scorer
 from ftrun.select.scoring.texts import encode, row_text
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
+    from ftrun.training.context import Context
 
 
 @register("select", "longest")

@@ -11,8 +11,8 @@ from ftrun.registry import register
 from ftrun.select.base import Scorer, Table
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
+    from ftrun.training.context import Context
 
 
 @register("select", "none")

@@ -9,12 +9,12 @@ import numpy as np
 
 from ftrun.registry import register
 from ftrun.select.base import Scorer
-from ftrun.select.scoring.engine import segments
 from ftrun.select.scoring.texts import read_turns
+from ftrun.training.scoring import segments
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
+    from ftrun.training.context import Context
 
 
 @register("select", "ppl_response")

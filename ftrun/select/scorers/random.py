@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,10 +9,11 @@ import numpy as np
 
 from ftrun.registry import register
 from ftrun.select.base import Scorer
+from ftrun.select.row_numbers import row_numbers
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
+    from ftrun.training.context import Context
 
 
 @register("select", "random")
@@ -30,18 +29,3 @@ class Random(Scorer):
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         return {"random": row_numbers(pool, ctx.seed)}
-
-
-def row_numbers(pool: Pool, *seed: int | str) -> np.ndarray:
-    """A uniform number in [0, 1) for every row, from its content hash and the seed, (rows,)."""
-    copies: Counter[int] = Counter()
-    numbers = np.empty(len(pool))
-    for position, content in enumerate(pool.hashes.tolist()):
-        numbers[position] = _uniform(f"{content}/{copies[content]}/{seed}")
-        copies[content] += 1
-    return numbers
-
-
-def _uniform(text: str) -> float:
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return (int.from_bytes(digest) >> 11) * 2.0**-53  # the 53 bits that a float holds

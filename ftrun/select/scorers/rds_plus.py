@@ -18,11 +18,11 @@ from ftrun.select.queries import load_queries
 from ftrun.select.scoring.texts import added_ids, chat_text, encode
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.pool import Pool
     from ftrun.data.records import Message, Record
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("select", "rds_plus")

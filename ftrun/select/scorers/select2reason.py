@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from ftrun.data.answers import check_of
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.answers import check_of
 from ftrun.registry import register
 from ftrun.select.base import Scorer
 from ftrun.select.scoring.next_token import chat_prompt, next_token, word_ids
-from ftrun.select.trials.rollouts import rollouts
 from ftrun.select.scoring.texts import encode
+from ftrun.select.trials.rollouts import rollouts
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
     from ftrun.data.records import Record
+    from ftrun.training.context import Context
 
 JUDGE = (
     "You judge how difficult a question is. Answer 1 if solving it takes hard, many-step reasoning, and 0 if it does "

@@ -14,8 +14,8 @@ from ftrun.select.scoring.next_token import chat_prompt, next_token, word_ids
 from ftrun.select.scoring.texts import Turns, assistant_turns, encode
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
+    from ftrun.training.context import Context
 
 RATING_PROMPTS = (
     "Rate how well the response carries out the instruction. Give a whole number from 1, very badly, to 5, very well.",

@@ -5,17 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from ftrun.registry import register
-from ftrun.select.base import Table
-from ftrun.select.scorers.ifd import Ifd
-from ftrun.select.scoring.texts import Turns
+from ftrun.select.scoring.difficulty import PromptedPerplexity
 
 
 @register("select", "superfiltering")
 @dataclass
-class Superfiltering(Ifd):
+class Superfiltering(PromptedPerplexity):
     """IFD as a ratio of perplexities under a small model (Li et al., 2024, arXiv:2402.00530).
 
     IFD = ppl(response | prompt) / ppl(response), the prompt being instruction and input, each with a line break, and
@@ -27,14 +23,3 @@ class Superfiltering(Ifd):
     ratio: Literal["loss", "ppl"] = "ppl"  # ratio of mean losses, or of their exponentials
     template: Literal["alpaca", "plain", "chat"] = "plain"  # layout of the prompt; plain: lines without any markup
     max_length: int = 1024  # tokens of prompt and response that are scored
-    truncation: Literal["equal", "reference"] = (
-        "equal"  # reference: a direct side that is cut keeps one token more, as in the authors' code
-    )
-
-    def direct(self, turns: Turns, rooms: list[int]) -> list[tuple[list[int], list[int]]]:
-        # the authors' extra token is meant for a BOS; without one it is a response token that the other side never sees
-        extra = 1 if self.truncation == "reference" and not turns.answer_mark else 0
-        return super().direct(turns, [room + extra for room in rooms])
-
-    def keep(self, table: Table) -> np.ndarray:
-        return table.columns["ifd"] < 1

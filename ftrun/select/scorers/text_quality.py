@@ -13,8 +13,8 @@ from ftrun.select.base import Scorer, Table
 from ftrun.select.scoring.texts import row_text
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
+    from ftrun.training.context import Context
 
 
 @register("select", "text_quality")

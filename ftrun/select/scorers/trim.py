@@ -13,24 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftrun.runs.artifacts import digest
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.models.attention import states_and_maps
 from ftrun.registry import register
-from ftrun.select.base import PlannedTraining, Scorer, Similarity
-from ftrun.select.trials.inner import InnerTraining, prepared_rows
+from ftrun.runs.artifacts import digest
+from ftrun.select.base import PlannedTraining, Scorer
 from ftrun.select.queries import load_queries
-from ftrun.select.scorers.random import row_numbers
+from ftrun.select.row_numbers import row_numbers
 from ftrun.select.scoring.texts import Turns, read_turns
 from ftrun.select.scoring.token_scores import Scored, write_token_scores
+from ftrun.select.trials.inner import InnerTraining, prepared_rows
+from ftrun.training.scoring import Similarity
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.pool import Pool
     from ftrun.models.bundle import Bundle
-    from ftrun.select.scoring.engine import Scoring
+    from ftrun.training.context import Context
+    from ftrun.training.scoring import Scoring
 
 EPSILON = 1e-12
 NEAREST_AT_ONCE = 4096  # classes whose nearest known class is looked for at one time

@@ -17,15 +17,15 @@ from ftrun.errors import ComponentError, ConfigError
 from ftrun.registry import register
 from ftrun.select.base import Scorer, Table
 from ftrun.select.scoring.quantiles import percentile, rows_on_disk
-from ftrun.select.scoring.engine import aligned_batch, nll_of_batch, segments
 from ftrun.select.scoring.texts import Turns, read_turns
 from ftrun.select.scoring.token_scores import Scored, write_token_scores
+from ftrun.training.scoring import aligned_batch, nll_of_batch, segments
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.pool import Pool
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 @register("select", "tshirt")

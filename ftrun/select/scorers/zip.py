@@ -10,12 +10,11 @@ import numpy as np
 
 from ftrun.registry import register
 from ftrun.select.base import Scorer
-from ftrun.select.scoring.texts import row_text
+from ftrun.select.scoring.compressed import row_bytes
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
-    from ftrun.data.records import Record
+    from ftrun.training.context import Context
 
 
 @register("select", "zip")
@@ -40,8 +39,3 @@ class Zip(Scorer):
             else:
                 ctx.scorer.reasons[row] = "no text"
         return {"zip": 1 / ratios, "ratio": ratios}
-
-
-def row_bytes(record: Record) -> bytes:
-    """All texts of a row in UTF-8, a line each."""
-    return "".join(text + "\n" for text in row_text(record)).encode()

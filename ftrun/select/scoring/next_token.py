@@ -13,9 +13,9 @@ from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 TOP = 2
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ftrun.runs.artifacts import digest
 from ftrun.select.content import Content
-from ftrun.select.scoring.engine import Scoring
+from ftrun.training.scoring import Scoring
 
 if TYPE_CHECKING:
     from ftrun.config.settings import Settings

@@ -12,8 +12,8 @@ from ftrun.data.formats import renamed
 from ftrun.errors import DataError
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.records import Message, Record
+    from ftrun.training.context import Context
 
 Form = Literal["alpaca", "plain", "chat", "question"]
 

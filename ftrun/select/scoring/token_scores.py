@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ftrun.runs.artifacts import disk_guard
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 TOKEN_SCORES = "token_scores.parquet"  # written by scorers that score tokens
 TEXTS_AT_ONCE = 4096  # about a megabyte of token scores

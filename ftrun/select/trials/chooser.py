@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
-from ftrun.runs.artifacts import digest, disk_guard
 from ftrun.data.batches import collate
 from ftrun.errors import ComponentError, ConfigError, DataError
-from ftrun.evaluation.evaluators.generation import Generation
-from ftrun.select.scoring.engine import Scoring, segments
+from ftrun.models.generation import Writer
+from ftrun.runs.artifacts import digest, disk_guard
+from ftrun.training.scoring import Scoring, segments
 
 if TYPE_CHECKING:
     from ftrun.models.bundle import Bundle
-    from ftrun.training.progress import Task
+    from ftrun.runs.progress import Task
 
 KEY_VARIABLE = "FTRUN_CHOOSER_KEY"
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # what a server answers when it may work later
@@ -107,7 +107,7 @@ class LocalChooser:
         ends, training = _ends(bundle), bundle.model.training
         bundle.model.eval()
         try:
-            ids = Generation(max_new_tokens=self.max_new_tokens).generate(bundle, [prompt], ends, seed=0)[0]
+            ids = Writer(max_new_tokens=self.max_new_tokens).generate(bundle, [prompt], ends, seed=0)[0]
         finally:
             bundle.model.train(training)
         return bundle.tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=True)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ftrun.runs.artifacts import digest
-from ftrun.reporting.numbers import duration
+from ftrun.runs.numbers import duration
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
-    from ftrun.select.scoring.engine import Scoring
+    from ftrun.training.context import Context
+    from ftrun.training.scoring import Scoring
 
 BLOCK_TOKENS = 2_000_000  # tokens of texts that are made at one time
 

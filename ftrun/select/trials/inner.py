@@ -19,23 +19,23 @@ from torch import Tensor, nn
 
 from ftrun import registry
 from ftrun.adapters.peft_adapter import is_quantised, seeded
-from ftrun.runs.artifacts import digest, is_whole
 from ftrun.config.settings import TrainConfig
-from ftrun.runs.context import Context, cache_dir
 from ftrun.data.prepare import Prepared, prepare
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.select.scoring.engine import segments
+from ftrun.runs.artifacts import cache_dir, digest, is_whole
+from ftrun.training.context import Context
 from ftrun.training.loop import Trainer
+from ftrun.training.scoring import segments
 from ftrun.training.setup import set_up
 from ftrun.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from ftrun.data.pool import Pool
     from ftrun.models.bundle import Bundle
-    from ftrun.objectives.base import Objective
-    from ftrun.select.scoring.engine import Scoring
     from ftrun.select.scoring.texts import Turns
+    from ftrun.training.parts import Minimised
+    from ftrun.training.scoring import Scoring
 
 DEFAULT_LENGTH = 2048  # tokens of a row, where neither the user nor the model's context says less
 
@@ -133,7 +133,7 @@ class InnerTraining:
                 if epoch.trainer.progress.step == epoch.trainer.plan.steps:
                     yield epoch
 
-    def objective(self) -> Objective:
+    def objective(self) -> Minimised:
         """What the model learns of the table."""
         return registry.build("objective", "sft")
 

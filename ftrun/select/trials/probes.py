@@ -15,7 +15,7 @@ from ftrun.data.tokens import TokenTable
 from ftrun.models.bundle import Bundle
 from ftrun.models.fast import packs_for_free
 from ftrun.models.head import token_nll
-from ftrun.select.scoring.engine import aligned_batch, nll_of_batch
+from ftrun.training.scoring import aligned_batch, nll_of_batch
 
 EPSILON = 1e-8  # of Adam
 

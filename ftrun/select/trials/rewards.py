@@ -14,14 +14,14 @@ from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError
 from ftrun.models.load import load_bundle
 from ftrun.models.source import model_folder, weight_files
-from ftrun.select.scoring.engine import segments
 from ftrun.select.scoring.texts import added_ids, encode
+from ftrun.training.scoring import segments
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.records import Record
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 def likelihood(records: list[Record], answers: list[str], ctx: Context) -> np.ndarray:

@@ -9,12 +9,12 @@ import numpy as np
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import DataError
-from ftrun.evaluation.evaluators.generation import Generation, stop_ids
+from ftrun.models.generation import Writer, stop_ids
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 
 def rollouts(
@@ -38,9 +38,9 @@ def rollouts(
     found: list[list[str]] = [[] for _ in prompts]
     for number in range(count):
         seed = ctx.seed * count + number
-        writer = Generation(max_new_tokens=max_new_tokens, temperature=temperature)
+        writer = Writer(max_new_tokens=max_new_tokens, temperature=temperature)
 
-        def write(bundle: Bundle, batch: Batch, writer: Generation = writer, seed: int = seed) -> list[np.ndarray]:
+        def write(bundle: Bundle, batch: Batch, writer: Writer = writer, seed: int = seed) -> list[np.ndarray]:
             asked = [batch.input_ids[row][real].tolist() for row, real in enumerate(batch.sequence >= 0)]
             return [np.array(ids) for ids in writer.generate(bundle, asked, stops, seed)]
 

@@ -9,12 +9,12 @@ import numpy as np
 from ftrun.select.base import Table
 from ftrun.select.geometry.cluster import by_content, cluster_rows
 from ftrun.select.geometry.embed import embed_rows
-from ftrun.select.scoring.engine import segments
+from ftrun.training.scoring import segments
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.pool import Pool
     from ftrun.select.scoring.texts import Turns
+    from ftrun.training.context import Context
 
 ITERATIONS, RESTARTS = 300, 10  # of k-means
 

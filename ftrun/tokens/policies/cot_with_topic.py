@@ -12,8 +12,8 @@ from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy, edited_row
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.records import Record
+    from ftrun.training.context import Context
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 
+from ftrun.data.answers import Check, check_of
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.answers import Check, check_of
 from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy, edited_row
 from ftrun.tokens.continuations import Continuations
 from ftrun.tokens.edited import edited_rows
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 LOGITS_AT_ONCE = 256  # positions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -13,10 +13,11 @@ import numpy as np
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy, edited_row
+from ftrun.tokens.edited import with_prompt
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.records import Record
+    from ftrun.training.context import Context
 
 WORD = re.compile(r"(\s*)(\S+)")
 LETTERS = re.compile(r"[^\W\d_]+")
@@ -186,16 +187,6 @@ def prompt_of(record: Record, ctx: Context) -> str:
             "Use rows with a prompt and a response, or with text and label.",
         )
     return asked[-1]
-
-
-def with_prompt(record: Record, text: str) -> Record:
-    """The row with another last prompt, or another text."""
-    if record.kind == "labels":
-        return replace(record, text=text)
-    last = max(at for at, message in enumerate(record.prompt) if message.role == "user")
-    messages = list(record.messages)
-    messages[last] = replace(messages[last], content=text)
-    return replace(record, messages=tuple(messages))
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftrun.data import edits
 from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy, edited_row
+from ftrun.tokens.edited import EDIT_SOURCE, EDIT_TARGET
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.records import Record
-
-SOURCE, TARGET = "edit_source", "edit_target"  # columns of edited rows, for eval=edit_span
+    from ftrun.training.context import Context
 
 
 @register("tokens", "edit_span")
@@ -44,7 +43,7 @@ class EditSpan(TokenPolicy):
             lines = edits.write(edits.extract(source, answer.content))
             characters, written = characters + len(answer.content), written + len(lines)
             row = edited_row(record, [*record.messages[:-1], replace(answer, content=lines)])
-            yield row | {SOURCE: source, TARGET: answer.content}
+            yield row | {EDIT_SOURCE: source, EDIT_TARGET: answer.content}
         if without:
             where = "last user turn" if self.source is None else f'column "{self.source}"'
             ctx.report.warn(f"{without} rows are left out: no text to edit in their {where}")

@@ -24,8 +24,8 @@ from ftrun.tokens.edited import edited_rows, token_ends
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 LINE, TOKEN = "line", "token"
 

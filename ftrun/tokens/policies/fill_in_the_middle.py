@@ -17,8 +17,8 @@ from ftrun.tokens.base import TokenPolicy
 from ftrun.tokens.edited import edited_rows, token_ends
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
+    from ftrun.training.context import Context
 
 # tokens before prefix, suffix and middle, by family: StarCoder, Qwen and Gemma, DeepSeek
 KNOWN_MARKERS = (

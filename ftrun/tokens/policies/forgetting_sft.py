@@ -12,11 +12,11 @@ from torch import Tensor
 from ftrun.errors import ConfigError, DataError
 from ftrun.registry import register
 from ftrun.tokens.reference import ComparesWithReference
-from ftrun.tokens.policies.token_cleaning import descending
+from ftrun.tokens.step_ranking import descending
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
+    from ftrun.training.context import Context
     from ftrun.training.view import StepView
 
 SIGN = "sign"  # remembered: 1 learned, -1 forgotten

@@ -14,11 +14,11 @@ from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError
 from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy, edited_row
+from ftrun.tokens.edited import SOURCE
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
-SOURCE = "source"  # column of an edited row: the text with its errors
 # where the keys of a QWERTY keyboard lie, in key widths
 KEYS = {
     letter: (column + shift, row)

@@ -12,13 +12,12 @@ from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError, DataError
 from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy, edited_row
-from ftrun.tokens.demonstrations import Task, draw_rows, generator_of, tasks_of, text_of
+from ftrun.tokens.demonstrations import Task, draw_rows, filled, generator_of, tasks_of, text_of
 from ftrun.tokens.edited import edited_rows
-from ftrun.tokens.policies.symbol_tuning import filled
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
+    from ftrun.training.context import Context
 
 
 @register("tokens", "in_context_tuning")
@@ -86,7 +85,7 @@ class InContextTuning(TokenPolicy):
 
     def remember(self, table: TokenTable, ctx: Context) -> dict[str, np.ndarray]:
         """The number of its task, and of its batch, of every token. Raises DataError where two words begin alike."""
-        from ftrun.objectives.label_words import first_places
+        from ftrun.data.tokens import first_places
 
         rows = edited_rows(ctx)
         of_row = np.asarray(table.record)

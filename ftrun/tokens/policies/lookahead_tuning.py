@@ -11,8 +11,8 @@ from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy, edited_row
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.records import Message, Record
+    from ftrun.training.context import Context
 
 
 @register("tokens", "lookahead_tuning")

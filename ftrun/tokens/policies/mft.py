@@ -15,9 +15,9 @@ from ftrun.tokens.base import TokenPolicy
 from ftrun.tokens.learned_embedding import LearnedEmbedding
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 MASKED = "masked"  # the batch remembers under this name which inputs are the mask
 

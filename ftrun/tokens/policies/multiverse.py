@@ -17,9 +17,9 @@ from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.tokens import Sequence, TokenTable
+    from ftrun.training.context import Context
 
 TAG = re.compile(r"<(/?)(Parallel|Goal|Outline|Path|Conclusion)>")
 PARENTS = {

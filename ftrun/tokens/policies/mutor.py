@@ -16,10 +16,10 @@ from ftrun.tokens.base import TokenPolicy
 from ftrun.tokens.learned_embedding import LearnedEmbedding
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
     from ftrun.training.view import StepView
 
 

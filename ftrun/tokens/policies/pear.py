@@ -17,9 +17,9 @@ from ftrun.tokens.reference import load_reference, own_scoring
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 LOOKED_AT = 256  # rows whose weights are reported before training
 

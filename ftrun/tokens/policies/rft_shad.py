@@ -16,8 +16,8 @@ from ftrun.tokens.base import TokenPolicy
 from ftrun.tokens.reference import drawn_rows, losses_after, own_scoring, short_training
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
+    from ftrun.training.context import Context
     from ftrun.training.view import StepView
 
 DIFFERENCE = "shad_minus_base"  # remembered: above 0 reasoning, else boilerplate

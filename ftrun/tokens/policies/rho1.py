@@ -16,9 +16,9 @@ from ftrun.tokens.step_ranking import keep_highest, kept_count, ranked, ranks
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.batches import Batch
     from ftrun.data.tokens import TokenTable
+    from ftrun.training.context import Context
 
 
 @register("tokens", "rho1")

@@ -9,31 +9,29 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ftrun.runs import stagecache
-from ftrun.runs.artifacts import digest
 from ftrun.data.batches import token_budget
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer, apply_template
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.runs.lockfile import code_digest
 from ftrun.models.load import load_bundle
 from ftrun.registry import register
+from ftrun.runs import stagecache
+from ftrun.runs.artifacts import digest
+from ftrun.runs.lockfile import code_digest
 from ftrun.select.run import written_beside
-from ftrun.select.scoring.engine import Scoring, segments
 from ftrun.tokens.base import TokenPolicy, edited_row
-from ftrun.tokens.demonstrations import text_of
-from ftrun.tokens.policies.eda import with_prompt
-from ftrun.tokens.edited import edited_rows
+from ftrun.tokens.demonstrations import filled, text_of
+from ftrun.tokens.edited import edited_rows, with_prompt
 from ftrun.tokens.paraphraser import Drafts, Example, ParaphraserTraining, check_room, paraphrases
 from ftrun.tokens.reference import own_scoring
-from ftrun.tokens.policies.symbol_tuning import filled
+from ftrun.training.scoring import Scoring, segments
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ftrun.runs.context import Context
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 WEIGHT = "row_weight"  # column of an edited row
 FOUND = "paraphrases.json"

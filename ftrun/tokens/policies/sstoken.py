@@ -18,9 +18,9 @@ from ftrun.tokens.reference import own_scoring
 from ftrun.tokens.step_ranking import ranks
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
     from ftrun.training.view import StepView
 
 HISTORY = "history_nll"  # remembered: loss under the model before training

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ftrun.runs.context import cache_dir
 from ftrun.data.pool import load_pool
 from ftrun.data.records import Message, Record
 from ftrun.errors import ConfigError, DataError
 from ftrun.registry import register
+from ftrun.runs.artifacts import cache_dir
 from ftrun.tokens.base import TokenPolicy, edited_row
-from ftrun.tokens.demonstrations import Label, Task, draw_rows, generator_of, tasks_of, text_of
+from ftrun.tokens.demonstrations import Label, Task, draw_rows, filled, generator_of, tasks_of, text_of
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
+    from ftrun.training.context import Context
 
 # an example; what stands before {label} ends the prompt
 TEMPLATES = (
@@ -178,10 +178,3 @@ class SymbolTuning(TokenPolicy):
         for place in drawn:
             record = pool[int(place)]
             yield edited_row(record, record.messages) | {"mixed_in": True}
-
-
-def filled(template: str, text: str, label: str | None) -> str:
-    """A template with its text and label; without a label what stands before it, as the end of a prompt."""
-    before, _, after = template.partition("{label}")
-    head = before.replace("{text}", text)
-    return head.rstrip() if label is None else head + label + after

@@ -20,8 +20,8 @@ from ftrun.tokens.base import TokenPolicy, edited_row
 from ftrun.tokens.edited import edited_rows
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
+    from ftrun.training.context import Context
 
 
 @register("tokens", "tl_training")

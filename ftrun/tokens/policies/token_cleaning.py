@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from ftrun.runs.artifacts import digest
 from ftrun.errors import CheckpointError, ConfigError, DataError
 from ftrun.registry import register
+from ftrun.runs.artifacts import digest
 from ftrun.select.run import written_beside
-from ftrun.select.scoring.engine import Scoring
 from ftrun.tokens.reference import ComparesWithReference, own_scoring
 from ftrun.tokens.run import write_tokens
+from ftrun.tokens.step_ranking import descending
+from ftrun.training.scoring import Scoring
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
-    from ftrun.training.loop import Trainer
+    from ftrun.training.context import Context
+    from ftrun.training.parts import Loop
 
 
 @register("tokens", "token_cleaning")
@@ -99,7 +100,7 @@ class TokenCleaning(ComparesWithReference):
         ctx.report.note(f"{self.rounds} rounds: the tokens of each chunk are chosen when training gets there")
         return self._scores, np.asarray(table.loss_weight)
 
-    def before_step(self, step: int, trainer: Trainer) -> None:
+    def before_step(self, step: int, trainer: Loop) -> None:
         """Begin the rounds whose first row this step draws: their tokens are scored with the model as it is now."""
         if self.mode == "fixed":
             return
@@ -128,7 +129,7 @@ class TokenCleaning(ComparesWithReference):
         if self._begun > before and trainer.team.rank == 0:
             write_tokens(trainer.ctx.out / "selection" / "tokens.parquet", trainer.table, self._scores)
 
-    def _begin(self, rows: np.ndarray, trainer: Trainer, passed: bool) -> None:
+    def _begin(self, rows: np.ndarray, trainer: Loop, passed: bool) -> None:
         """Decide the tokens of a chunk. ``passed``: its round has begun already, in a run that goes on now."""
         table, number = trainer.table, self._begun
         file = trainer.ctx.out / "selection" / "rounds" / f"round-{number}.npy"
@@ -165,12 +166,6 @@ def highest(scores: np.ndarray, k: float, offsets: np.ndarray | None = None) -> 
         order = first + descending(scores[first:end])
         kept[order[: int(k * len(order))]] = True
     return kept
-
-
-def descending(scores: np.ndarray) -> np.ndarray:
-    """Places of the scores that are numbers, the highest first, ties to the earlier."""
-    scored = np.flatnonzero(~np.isnan(scores))
-    return scored[np.argsort(-scores[scored], kind="stable")]
 
 
 def _read(file: Path, tokens: int) -> np.ndarray:

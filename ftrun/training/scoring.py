@@ -24,19 +24,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ftrun.runs.artifacts import disk_guard
 from ftrun.data.batches import Batch, collate, cut_batches, token_budget
 from ftrun.data.tokens import Sequence as TokenSequence
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError, DataError
 from ftrun.models.fast import packs_for_free
 from ftrun.models.head import token_nll
+from ftrun.runs.artifacts import disk_guard
 
 if TYPE_CHECKING:
     from ftrun.models.bundle import Bundle
-    from ftrun.select.base import Similarity
+    from ftrun.runs.progress import Reporter
     from ftrun.training.distributed import Team
-    from ftrun.training.progress import Reporter
 
 # what is taken from one batch: an array a sequence, in the order of the batch
 Measure = Callable[["Bundle", Batch], list[np.ndarray]]
@@ -327,3 +326,11 @@ def _unpack(packed: dict[str, np.ndarray]) -> dict[bytes, np.ndarray]:
     keys = packed["keys"].tobytes()
     parts = np.split(packed["values"], packed["ends"])[:-1]
     return {keys[KEY_BYTES * i : KEY_BYTES * (i + 1)]: part for i, part in enumerate(parts)}
+
+
+@dataclass
+class Similarity:
+    """How near the rows are to queries. ``matrix``: (queries, rows), higher is nearer; ``task``: (queries,)."""
+
+    matrix: np.ndarray
+    task: np.ndarray

@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from ftrun import registry
 from ftrun.adapters.base import Adapter
 from ftrun.adapters.peft_adapter import seeded
-from ftrun.runs.artifacts import digest
 from ftrun.config.settings import TrainConfig
 from ftrun.data.batches import Batch
 from ftrun.errors import ConfigError
 from ftrun.models.architecture import Architecture
 from ftrun.models.head import token_nll
-from ftrun.objectives.base import Loss
-from ftrun.objectives.sft import Sft
+from ftrun.objectives.base import TokenLoss
+from ftrun.runs.artifacts import digest
 from ftrun.tokens.base import TokenPolicy
 from ftrun.training import checkpoint
 from ftrun.training.loop import Trainer
+from ftrun.training.parts import Loss
 from ftrun.training.signals import StopSignals
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
-    from ftrun.runs.context import Context
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
+    from ftrun.training.context import Context
 
 HeadInput = Literal["final", "penultimate"]
 
@@ -120,7 +120,7 @@ def watched_layers(architecture: Architecture) -> Iterator[Seen]:
 
 
 @dataclass
-class HeadsAlone(Sft):
+class HeadsAlone(TokenLoss):
     """Trains the heads and nothing else: ``L = sum_i decay^i CE_i`` from the input of the model's last layer."""
 
     heads: FutureHeads | None = None

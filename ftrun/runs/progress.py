@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from ftrun.reporting import numbers
+from ftrun.runs import numbers
 
 PLAIN_SECONDS = 10.0  # a plain line at the latest after this time ...
 PLAIN_SHARE = 0.1  # ... or after this share of the work,

@@ -13,19 +13,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftrun.runs import lockfile
-from ftrun.runs.artifacts import RunLock, full_disk_guard, new_run_folder, write_json, write_text
 from ftrun.config.compose import Composed
 from ftrun.config.settings import Settings
-from ftrun.runs.context import Context
 from ftrun.errors import CheckpointError, ComponentError, ConfigError, FtrunError, Interrupted, Preempted
 from ftrun.reporting.html import write_report
 from ftrun.reporting.selection import write_selection_report
 from ftrun.reporting.terminal import results_table
-from ftrun.training import memory
+from ftrun.runs import lockfile, memory
+from ftrun.runs.artifacts import RunLock, full_disk_guard, new_run_folder, write_json, write_text
+from ftrun.runs.progress import Reporter
+from ftrun.training.context import Context
 from ftrun.training.distributed import Team
 from ftrun.training.loop import Trainer
-from ftrun.training.progress import Reporter
 from ftrun.training.signals import StopSignals, error_for
 
 OUTPUTS = ("selection", "train", "eval", "adapter", "model")  # what a run computes, as against what it says of itself

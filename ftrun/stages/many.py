@@ -12,16 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from ftrun.runs.artifacts import write_text
-from ftrun.stages.chain import Chain
 from ftrun.config.compose import Composed
 from ftrun.config.settings import Settings
-from ftrun.runs.context import Context
 from ftrun.data.pool import Pool
-from ftrun.runs.recorded import carry_out
+from ftrun.runs.artifacts import write_text
 from ftrun.select.content import Content
 from ftrun.select.run import written_beside
 from ftrun.select.scoring.shared import Shared, scoring_model
+from ftrun.stages.chain import Chain
+from ftrun.stages.recorded import carry_out
+from ftrun.training.context import Context
 from ftrun.training.signals import StopSignals
 
 
@@ -54,7 +54,7 @@ class Selections(Chain):
         return shared | {"recipe": self.settings.recipe, "out": self.settings.out}
 
     def stages(self) -> None:
-        pool = self.read_pool()
+        pool = self.rows.read()
         self.ctx.facts["data"] = pool.fingerprint
         shared = Shared(self.ctx.selection / "shards", Content(pool, self.settings.seed))
         for name in self._by_model():
@@ -79,7 +79,7 @@ class Selections(Chain):
             write_text(chain.ctx.selection / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(chain.resolved())))
         for note in chain.composed.notes:
             self.report.note(note)
-        chain.check_kind(pool)
+        chain.rows.check_kind(pool)
         chain.select(pool)
         self.ctx.facts |= {f"selection {name}": chain.ctx.facts.get("selection")}
 

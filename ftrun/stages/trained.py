@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ftrun.stages.chain import LABELS
 from ftrun.config.settings import Settings
-from ftrun.runs.context import Context
 from ftrun.data.render import apply_template
 from ftrun.errors import ConfigError
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_bundle
+from ftrun.models.quiet import without_bars
 from ftrun.registry import build
+from ftrun.runs.artifacts import whole_folder
+from ftrun.runs.progress import Reporter
+from ftrun.stages.rows import LABELS
+from ftrun.training.context import Context
 from ftrun.training.distributed import Team
-from ftrun.training.progress import Reporter
 
 
 def load_trained(run: Path, settings: Settings, device: torch.device, full_precision: bool = False) -> Bundle:
@@ -49,3 +52,16 @@ def plain_context(settings: Settings, out: Path) -> Context:
     settings.launch.processes = settings.launch.nodes = 1
     team = Team(settings.launch)
     return Context(settings, out, team, Reporter(rank=team.rank))
+
+
+def merge_run(run: Path, settings: Settings, device: torch.device) -> Path:
+    """Merge into the full-precision base: merging into 4 bits would round what was learnt."""
+    if (run / "model").is_dir():
+        return run / "model"
+    bundle = load_trained(run, settings, device, full_precision=True)
+    merged: Any = settings.component("adapter").merge(bundle.model)
+    with whole_folder(run / "model") as folder:
+        with without_bars():
+            merged.save_pretrained(folder)
+        bundle.tokenizer.save_pretrained(folder)
+    return run / "model"

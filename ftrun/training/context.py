@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,9 @@ if TYPE_CHECKING:
     from ftrun.data.pool import Pool
     from ftrun.data.tokens import TokenTable
     from ftrun.models.bundle import Bundle
-    from ftrun.select.scoring.engine import Scoring
+    from ftrun.runs.progress import Reporter
     from ftrun.training.distributed import Team
-    from ftrun.training.progress import Reporter
+    from ftrun.training.scoring import Scoring
 
 
 @dataclass
@@ -26,7 +25,7 @@ class Context:
     out: Path  # the run folder
     team: Team  # the processes of this run: rank, world_size, barrier, all_reduce, gather
     report: Reporter  # progress and messages for people, on standard error and in ftrun.log
-    bundle: Bundle | None = None  # the run's model; a stage that needs it loads it through chain.py
+    bundle: Bundle | None = None  # the run's model; a stage that needs it loads it through stages/attach.py
     heldout: Pool | None = None  # rows kept for evaluation
     heldout_tokens: TokenTable | None = None
     train_tokens: TokenTable | None = None
@@ -73,10 +72,3 @@ class Context:
     @property
     def seed(self) -> int:
         return self.settings.seed
-
-
-def cache_dir() -> Path:
-    """Where converted models, tokenised data and stage outputs are kept between runs."""
-    return Path(
-        os.environ.get("FTRUN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ftrun"
-    )

@@ -1,0 +1,115 @@
+"""The second stage: load the model and put on it what trains."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from ftrun.adapters.base import Adapter
+from ftrun.data.render import apply_template
+from ftrun.data.tokens import TokenTable
+from ftrun.models.load import load_bundle, load_config, parameters_in, resolve_dtype
+from ftrun.objectives.base import Objective
+from ftrun.runs import memory
+from ftrun.runs.artifacts import digest
+from ftrun.select.order import training_order
+from ftrun.tokens.base import TokenPolicy
+from ftrun.training import estimate
+from ftrun.training.context import Context
+from ftrun.training.loop import Reference, Trainer, switched_off
+from ftrun.training.setup import set_up
+
+
+def load_model(ctx: Context, labels: int | None) -> None:
+    """Put the run's model into ``ctx.bundle``; ``labels``: classes of a classifier. Raises ResourceError."""
+    settings = ctx.settings
+    _warn_of_large_weights(ctx)
+    with (
+        ctx.report.task("loading the model", None),
+        memory.memory_guard("loading the model", "Use quant=nf4, or a smaller model."),
+    ):
+        bundle = load_bundle(
+            settings.model,
+            task=settings.task,
+            quant=settings.component("quant"),
+            device=ctx.team.device,
+            labels=labels,
+        )
+    if settings.task == "causal":
+        apply_template(bundle.tokenizer, settings.model.template)
+    ctx.bundle = bundle
+    ctx.facts["model"] = bundle.fingerprint
+    ctx.facts["template"] = digest(getattr(bundle.tokenizer, "chat_template", None))
+
+
+def attach(
+    table: TokenTable,
+    ctx: Context,
+    objective: Objective,
+    tokens: TokenPolicy,
+    evaluate: Callable[[], float] | None,
+    selected: bool,
+) -> Trainer:
+    """What trains the loaded model on ``table``; the adapter is on it afterwards.
+
+    ``evaluate`` gives the held-out loss; ``selected``: a selection may say in which order the rows come.
+    """
+    settings, bundle = ctx.settings, ctx.bundle
+    assert bundle is not None
+    adapter: Adapter = settings.component("adapter")
+    original = _copy_for_reference(adapter, objective, bundle.model, ctx)
+    torch.manual_seed(settings.seed)
+    if selected:
+        ctx.begin = training_order(table, ctx)
+    bundle.model = settings.component("quant").prepare(bundle.model)
+    return set_up(
+        ctx,
+        bundle,
+        table,
+        adapter=adapter,
+        objective=objective,
+        tokens=tokens,
+        optim=settings.component("optim"),
+        schedule=settings.component("schedule"),
+        evaluate=evaluate,
+        reference=_reference(adapter, original, ctx) if objective.uses_reference else None,
+    )
+
+
+def free_memory(ctx: Context) -> float:
+    """Bytes that this process may take: the processes of a machine without GPUs share its memory."""
+    device = ctx.team.device
+    return memory.available_bytes(device) / (ctx.settings.launch.processes if device.type == "cpu" else 1)
+
+
+def _warn_of_large_weights(ctx: Context) -> None:
+    settings = ctx.settings
+    config = load_config(settings.model).get_text_config()
+    dtype = resolve_dtype(settings.model.dtype, ctx.team.device)
+    tables = config.vocab_size * config.hidden_size * (1 if getattr(config, "tie_word_embeddings", True) else 2)
+    need = estimate.weight_bytes(settings, parameters_in(settings.model), tables, dtype)
+    if short := estimate.shortage(need, free_memory(ctx)):
+        ctx.report.warn(f"the weights may not fit: {short}")
+
+
+def _copy_for_reference(adapter: Adapter, objective: Objective, model: nn.Module, ctx: Context) -> nn.Module | None:
+    """A frozen copy of the untrained model, where an objective needs it and the adapter cannot be switched off."""
+    if not objective.uses_reference or type(adapter).disabled is not Adapter.disabled:
+        return None
+    ctx.report.note("the reference model is a frozen copy: this adapter cannot be switched off")
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _reference(adapter: Adapter, original: nn.Module | None, ctx: Context) -> Reference:
+    if original is None:
+        return lambda: switched_off(adapter, ctx.bundle.model)  # type: ignore[union-attr]
+
+    @contextlib.contextmanager
+    def frozen() -> Iterator[nn.Module]:
+        yield original
+
+    return frozen
