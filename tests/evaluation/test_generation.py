@@ -12,7 +12,7 @@ from ftrun.data import verify
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation import answers
+from ftrun.data import answers
 from ftrun.evaluation.evaluators.generation import Generation
 
 
