@@ -20,6 +20,7 @@ from ftrun.errors import ConfigError, DataError
 
 NAMED = 5  # rows left out that a note names
 CHUNK = 65_536  # rows hashed at a time
+READ = 4096  # rows whose places are looked up at a time
 
 
 @dataclass(eq=False)
@@ -31,13 +32,20 @@ class Pool:
     stores: Stores
     files: list[str]
     layouts: list[Layout]  # one a source
+    names: list[str] = field(default_factory=list)  # that rows give as their source
     notes: list[str] = field(default_factory=list)  # what a user should be told: counts used of each source
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[Record]:
-        return (self[int(id)] for id in self.ids)
+        for start in range(0, len(self), READ):
+            ids = self.ids[start : start + READ]
+            for id, entry in zip(ids.tolist(), self.index[ids].tolist(), strict=True):
+                store, first, length, source, file, line, *_ = entry
+                layout = self.layouts[source]
+                fields = self.stores.fields(store, first, length)
+                yield layout.with_system(layout.record(id, fields, f"{self.files[file]}:{line}"))
 
     def __getitem__(self, id: int) -> Record:
         """The row with this id; KeyError if it is not in the pool."""
@@ -53,6 +61,17 @@ class Pool:
         """``file:line`` that the row was read from."""
         entry = self._entry(id)
         return f"{self.files[entry['file']]}:{entry['line']}"
+
+    @property
+    def sources(self) -> list[str | None]:
+        """What the field ``source`` of every row says, (rows,); without one, the file of a mixture of several."""
+        entries = self.index[self.ids]
+        told = self.names
+        if len(self.layouts) == 1:
+            return [told[number] if number >= 0 else None for number in entries["named"].tolist()]
+        files = [file.rpartition("/")[2] for file in self.files]
+        pairs = zip(entries["named"].tolist(), entries["file"].tolist(), strict=True)
+        return [told[number] if number >= 0 else files[file] for number, file in pairs]
 
     @property
     def kind(self) -> Kind:
@@ -121,7 +140,7 @@ def load_pool(data: DataConfig, folder: Path, seed: int) -> Pool:
         notes += [
             _mixture_note(path, int(size), int(count)) for path, size, count in zip(paths, sizes, counts, strict=True)
         ]
-    return Pool(index, ids, stores, spool.files, layouts, notes)
+    return Pool(index, ids, stores, spool.files, layouts, spool.names, notes)
 
 
 def _check_settings(data: DataConfig, paths: list[str]) -> None:

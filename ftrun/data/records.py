@@ -36,6 +36,12 @@ class Record:
     fields: dict[str, Any] = field(default_factory=dict)  # the row as it was read, fields unchanged
 
     @property
+    def texts(self) -> list[str]:
+        """Everything that the row says, whatever its kind."""
+        said = [message.content for message in (*self.messages, *self.chosen, *self.rejected)]
+        return [text for text in (*said, self.text, self.text_pair) if text]
+
+    @property
     def prompt(self) -> tuple[Message, ...]:
         """The messages before the last assistant turn."""
         return self.messages[:-1] if self.messages and self.messages[-1].role == "assistant" else self.messages

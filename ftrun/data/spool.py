@@ -24,6 +24,7 @@ ENTRY = np.dtype(
         ("source", "<i4"),  # entry of data.path
         ("file", "<i4"),  # file that the row was read from
         ("line", "<i8"),
+        ("named", "<i4"),  # what its field "source" says; -1: nothing
         ("content", "<u8"),  # hash of what is trained
         ("row", "<u8"),  # hash of all fields
     ]
@@ -40,7 +41,9 @@ class Spool:
     def __init__(self, folder: Path):
         self.folder = folder
         self.files: list[str] = []
+        self.names: list[str] = []  # that fields "source" hold
         self._file_numbers: dict[str, int] = {}
+        self._name_numbers: dict[str, int] = {}
         self._stores: list[Path] = []
         self._store_numbers: dict[str, int] = {}
         self._entries = np.zeros(BUFFERED, ENTRY)
@@ -58,7 +61,8 @@ class Spool:
             self.files.append(raw.file)
         file = self._file_numbers[raw.file]
         hashes = (content_hash(record), row_hash(raw.fields)) if record else (0, 0)
-        self._entries[self._filled] = (store, start, length, source, file, raw.line, *hashes)
+        named = self._named(raw.fields.get("source")) if record else -1
+        self._entries[self._filled] = (store, start, length, source, file, raw.line, named, *hashes)
         self._filled += 1
         if self._filled == BUFFERED:
             self._flush()
@@ -78,6 +82,14 @@ class Spool:
         """Remove what was written so far."""
         self._rows.close()
         self._index.close()
+
+    def _named(self, said: Any) -> int:
+        if not isinstance(said, str) or not said:
+            return -1
+        number = self._name_numbers.setdefault(said, len(self.names))
+        if number == len(self.names):
+            self.names.append(said)
+        return number
 
     def _place(self, raw: Raw) -> tuple[int, int, int]:
         if raw.start >= 0:

@@ -84,8 +84,12 @@ class Run:
         columns = self._columns(f"{self.selection_in}/lengths.parquet")
         if not {"id", "tokens"} <= columns.keys():
             return None
-        known = dict(zip(columns["id"].tolist(), columns["tokens"].astype(float).tolist(), strict=True))
-        return np.array([known.get(id, np.nan) for id in self.scores["id"].tolist()])
+        order = np.argsort(columns["id"], kind="stable")
+        known, wanted = columns["id"][order], self.scores["id"]
+        if not len(known):
+            return np.full(len(wanted), np.nan)
+        place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        return np.where(known[place] == wanted, columns["tokens"][order][place].astype(float), np.nan)
 
     @cached_property
     def audit(self) -> dict[str, np.ndarray]:

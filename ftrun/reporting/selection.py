@@ -123,7 +123,7 @@ def _line(name: str, choice: Choice, rows: np.ndarray, random: np.ndarray | None
         lambda mask: f"{int(mask.sum()):,}",
         lambda mask: numbers.quantity(float(np.nansum(choice.tokens[mask]))),
         lambda mask: _median(choice, mask),
-        lambda mask: f"{len(np.unique(choice.cluster[mask]))} of {clusters}",
+        lambda mask: f"{len(np.unique(choice.cluster[mask & choice.sampled]))} of {clusters}",
     ]
     cells = []
     for measure in measures:
@@ -204,7 +204,9 @@ def _clusters(choice: Choice) -> Markup | None:
     groups = choice.by_cluster()
     if len(groups) < 2:
         return None
-    words = f"Clusters of the pool by k-means over the {choice.clustered_by}, named by their most telling words. "
+    read = int(choice.sampled.sum())
+    of = "the pool" if read == len(choice.ids) else f"a sample of {read:,} rows of the pool"
+    words = f"Clusters of {of} by k-means over the {choice.clustered_by}, named by their most telling words. "
     return figure(share_chart(groups, "shares of the clusters"), [words, LEGEND])
 
 

@@ -72,7 +72,13 @@ class Choice:
 
     @cached_property
     def cluster(self) -> np.ndarray:
-        return self.run.audit["cluster"].astype(np.int64)
+        """Cluster of every row, (rows,); -1 for rows whose words were not read."""
+        return np.nan_to_num(self.run.audit["cluster"].astype(float), nan=-1).astype(np.int64)
+
+    @cached_property
+    def sampled(self) -> np.ndarray:
+        """Rows that have a cluster, bool."""
+        return self.cluster >= 0
 
     @property
     def cluster_names(self) -> list[str]:
@@ -103,7 +109,8 @@ class Choice:
         return {why: np.array(rows) for why, rows in sorted(found.items(), key=lambda item: -len(item[1]))}
 
     def by_cluster(self) -> list[Share]:
-        return shares_of(self.cluster_names, self.cluster, self.picked, self.random)
+        read = self.sampled
+        return shares_of(self.cluster_names, self.cluster[read], self.picked[read], self.random[read])
 
     def by_source(self) -> list[Share]:
         """Shares of the sources, the largest first; empty when rows name none."""

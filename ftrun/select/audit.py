@@ -39,15 +39,22 @@ def audit(table: Table, ids: np.ndarray, admitted: np.ndarray, content: Content)
             "id": pa.array(content.pool.ids, pa.int64()),
             "admitted": pa.array(admitted),
             "random": pa.array(chance),
-            "cluster": pa.array(clusters.label, pa.int32()),
-            "source": pa.array(content.sources, pa.string()),
-            "reason": pa.array([table.reasons.get(place) for place in range(len(table))], pa.string()),
+            "cluster": pa.array(clusters.label, pa.int32(), mask=clusters.label < 0),
+            "source": pa.array(content.pool.sources, pa.string()),
+            "reason": _reasons(table),
         }
     )
-    facts = {"clusters": {"by": clusters.by, "names": clusters.names}}
+    facts = {"clusters": {"by": clusters.by, "names": clusters.names, "rows": clusters.rows}}
     kept = table.embeddings is not None and table.embeddings.size <= STORED_VALUES
     embeddings = np.asarray(table.embeddings, np.float16) if kept else None
     return Audit(columns, facts, embeddings)
+
+
+def _reasons(table: Table) -> pa.Array:
+    """Why each row has no score, (rows,) text; null where it has one."""
+    if not table.reasons:
+        return pa.nulls(len(table), pa.string())
+    return pa.array([table.reasons.get(place) for place in range(len(table))], pa.string())
 
 
 def rows_to_keep(table: Table, column: str, rank: np.ndarray) -> np.ndarray:

@@ -14,7 +14,6 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ftrun.select.row_numbers import row_numbers
-from ftrun.select.scoring.texts import row_text
 
 if TYPE_CHECKING:
     from ftrun.data.pool import Pool
@@ -25,7 +24,7 @@ WIDTH = 32  # directions that bags are seen in
 READ = 2000  # characters of a row that count
 CLUSTERS = 20  # as many as a person reads
 SMALL = 2  # a pool of SMALL x k^2 rows gets k clusters, when that is less
-FITTED = 20_000  # rows that k-means looks at; the others join the nearest centre
+FITTED = 20_000  # rows whose words are read, and that shape the clusters
 ITERATIONS = 25
 CHUNK = 16_384  # rows at a time
 NAMING = 4000  # rows that name the clusters
@@ -106,7 +105,7 @@ def words(text: str) -> list[str]:
 
 def text_of(record: Record) -> str:
     """All texts of a row, one below the other."""
-    return "\n".join(row_text(record))
+    return "\n".join(record.texts)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -117,11 +116,19 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Clusters:
-    """``label``: (rows,) cluster of every row, the largest cluster being 0; ``names``: its most telling words."""
+    """``label``: (rows,) cluster of every row, the largest cluster being 0, -1 for a row that was not looked at.
+
+    ``names``: the most telling words of each cluster.
+    """
 
     by: str  # what was clustered
     label: np.ndarray
     names: list[str]
+
+    @property
+    def rows(self) -> int:
+        """Rows that were looked at."""
+        return int((self.label >= 0).sum())
 
 
 @dataclass
@@ -137,25 +144,18 @@ class Content:
         return row_numbers(self.pool, self.seed, "audit")
 
     @cached_property
-    def sources(self) -> list[str | None]:
-        """The field ``source`` of every row; without one, the file of a mixture of several."""
-        mixed = len(self.pool.layouts) > 1
-        return [_source(self.pool, int(id), mixed) for id in self.pool.ids]
-
-    @cached_property
     def by_words(self) -> Clusters:
-        """Clusters of the bags in the directions in which they differ most (latent semantic analysis)."""
+        """Clusters of the bags in the directions in which they differ most (latent semantic analysis).
+
+        Of a large pool the words of a sample are read, which follows from the content of the rows alone.
+        """
         from sklearn.utils.extmath import randomized_svd
 
-        texts = self._texts(self.sampled[:FITTED])
-        vocabulary = Vocabulary.of(texts)
-        sample = vocabulary.bags(texts).matrix
+        places = self.sampled[:FITTED]
+        texts = self._texts(places)
+        sample = Vocabulary.of(texts).bags(texts).matrix
         directions = randomized_svd(sample, min(WIDTH, len(texts)), random_state=self.seed)[2].T
-        parts = [
-            vocabulary.bags(self._texts(np.arange(at, min(at + CHUNK, len(self.pool))))).matrix @ directions
-            for at in range(0, len(self.pool), CHUNK)
-        ]
-        return self._clusters(BAG, unit(np.concatenate(parts)))
+        return self._clusters(BAG, unit(sample @ directions), places)
 
     @cached_property
     def sampled(self) -> np.ndarray:
@@ -167,11 +167,16 @@ class Content:
 
     def clusters(self, embeddings: np.ndarray | None) -> Clusters:
         """Clusters of the embeddings, where there are some, else of bags of words."""
-        return self.by_words if embeddings is None else self._clusters(EMBEDDING, unit(embeddings))
+        if embeddings is None:
+            return self.by_words
+        return self._clusters(EMBEDDING, unit(embeddings), np.arange(len(embeddings)))
 
-    def _clusters(self, by: str, vectors: np.ndarray) -> Clusters:
+    def _clusters(self, by: str, vectors: np.ndarray, places: np.ndarray) -> Clusters:
+        """Clusters of the rows at ``places``, whose ``vectors`` these are."""
         wanted = max(1, min(CLUSTERS, round((len(vectors) / SMALL) ** 0.5)))
-        label = kmeans(vectors, wanted, self.sampled[:FITTED], self.seed)
+        order = np.argsort(self.chance[places], kind="stable")[:FITTED]
+        label = np.full(len(self.pool), -1)
+        label[places] = kmeans(vectors, wanted, order, self.seed)
         return Clusters(by, label, self._names(label))
 
     def _names(self, label: np.ndarray) -> list[str]:
@@ -206,10 +211,3 @@ def kmeans(vectors: np.ndarray, wanted: int, fitted: np.ndarray, seed: int) -> n
     place = np.empty(wanted, np.int64)
     place[np.argsort(-np.bincount(label, minlength=wanted), kind="stable")] = np.arange(wanted)
     return place[label]
-
-
-def _source(pool: Pool, id: int, mixed: bool) -> str | None:
-    said = pool.fields(id).get("source")
-    if isinstance(said, str) and said:
-        return said
-    return pool.origin(id).rpartition(":")[0].rpartition("/")[2] if mixed else None

@@ -25,7 +25,6 @@ from ftrun.select.dedup import THRESHOLD, duplicates
 from ftrun.select.geometry.nearest import comparing_scorers
 from ftrun.select.order import picker_of
 from ftrun.select.scoring.shared import Shared
-from ftrun.select.scoring.texts import encode, row_text
 from ftrun.select.scoring.token_scores import TOKEN_SCORES
 from ftrun.training.scoring import Scoring
 
@@ -134,16 +133,7 @@ def _score(scorer: Scorer, pool: Pool, ctx: Context) -> Table:
         columns[scorer.column] = np.where(np.isinf(values), np.nan, values)
         unscored = set(np.flatnonzero(np.isnan(columns[scorer.column])).tolist())
         reasons = {place: reasons.get(place, "undefined") for place in sorted(unscored)}
-    lengths = _lengths(pool, ctx)
-    return Table(columns, lengths, pool, ctx.scorer.embeddings, ctx.scorer.similarity, reasons)
-
-
-def _lengths(pool: Pool, ctx: Context) -> np.ndarray:
-    """Tokens of the texts of every row, template not counted, (rows,)."""
-    texts = [row_text(record) for record in pool]
-    counts = [len(ids) for ids in encode(ctx.scorer.tokenizer, [text for row in texts for text in row])]
-    owner = np.repeat(np.arange(len(texts)), [len(row) for row in texts])
-    return np.bincount(owner, weights=counts, minlength=len(texts)).astype(np.int64)
+    return Table(columns, ctx.scorer.row_tokens(pool), pool, ctx.scorer.embeddings, ctx.scorer.similarity, reasons)
 
 
 def _pick(settings: Settings, scorer: Scorer, picker: Picker, table: Table, budget: Budget, ctx: Context) -> np.ndarray:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from ftrun.data.batches import Batch, collate, cut_batches, token_budget
+from ftrun.data.counts import count_row_tokens
 from ftrun.data.tokens import Sequence as TokenSequence
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError, DataError
@@ -33,6 +34,7 @@ from ftrun.models.head import token_nll
 from ftrun.runs.artifacts import disk_guard
 
 if TYPE_CHECKING:
+    from ftrun.data.pool import Pool
     from ftrun.models.bundle import Bundle
     from ftrun.runs.progress import Reporter
     from ftrun.training.distributed import Team
@@ -77,6 +79,7 @@ class Scoring:
     similarity: Similarity | None = None  # of the pool's rows to the queries, where a scorer looks for something
     own_tokenizer: Any = None  # the model's tokenizer, where it is there before the model
     computed: int = 0  # sequences that this process has run through the model
+    _counted: tuple[Pool, np.ndarray] | None = field(default=None, repr=False)
     _known: dict[tuple[str, bytes], np.ndarray] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -86,6 +89,12 @@ class Scoring:
     @property
     def tokenizer(self) -> Any:
         return self.own_tokenizer or self.bundle.tokenizer
+
+    def row_tokens(self, pool: Pool) -> np.ndarray:
+        """Tokens of all texts of each row, template not counted, (rows,); counted once for a pool."""
+        if self._counted is None or self._counted[0] is not pool:
+            self._counted = pool, count_row_tokens(self.tokenizer, pool)
+        return self._counted[1]
 
     def with_model(self, load: Callable[[], Bundle]) -> Scoring:
         """The same engine for another model: a reference, an encoder."""

@@ -116,7 +116,9 @@ def explain_row(choice: Choice, id: int, pool: Pool) -> dict[str, Any]:
         "admitted": bool(choice.admitted[at]),
         "near_duplicate_of": int(choice.repeats[at]) if np.isfinite(choice.repeats[at]) else None,
         "tokens": float(choice.tokens[at]),
-        "cluster": {
+        "cluster": None
+        if cluster < 0
+        else {
             "number": cluster,
             "by": choice.clustered_by,
             "words": choice.cluster_names[cluster],
@@ -233,7 +235,9 @@ def _print_method(name: str, method: dict[str, Any], console: Console) -> None:
             soft_wrap=True,
         )
     cluster = method["cluster"]
-    words = f"{cluster['words']}: {cluster['rows']:,} rows, {cluster['picked']:,} chosen (k-means, {cluster['by']})"
+    words = "not among the rows whose words were read"
+    if cluster:
+        words = f"{cluster['words']}: {cluster['rows']:,} rows, {cluster['picked']:,} chosen (k-means, {cluster['by']})"
     console.print(Text(f"  {'topic':<16} {words}"), soft_wrap=True)
     near = method["nearest_chosen"]
     if near["rows"]:

@@ -75,4 +75,4 @@ def test_cluster_names_tell_them_apart(mixed, make_pool):
 
 
 def test_sources_are_a_field_or_nothing(mixed, make_pool):
-    assert Content(make_pool(mixed), 0).sources == ["kennel"] * 12 + [None] * 8
+    assert make_pool(mixed).sources == ["kennel"] * 12 + [None] * 8

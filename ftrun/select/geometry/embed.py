@@ -10,7 +10,7 @@ import numpy as np
 from ftrun.config.settings import ModelConfig
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.models.load import load_bundle
-from ftrun.select.scoring.texts import added_ids, row_text
+from ftrun.select.scoring.texts import added_ids
 from ftrun.training.scoring import Scoring
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def embed_rows(
     """
     scoring = ctx.scorer if model == "model" else _encoder(ctx)
     limit = scoring.bundle.context_length if model == "model" else min(MINILM_LENGTH, scoring.bundle.context_length)
-    texts = ["\n".join(_prompt_text(record) if of == "prompt" else row_text(record)) for record in pool]
+    texts = ["\n".join(_prompt_text(record) if of == "prompt" else record.texts) for record in pool]
     return embed_texts(texts, scoring, limit)
 
 
@@ -50,7 +50,7 @@ def embed_pieces(
     pieces: list[str] = []
     owner: list[int] = []
     for number, record in enumerate(records):
-        text = "\n".join(row_text(record))
+        text = "\n".join(record.texts)
         parts = [text[start : start + characters] for start in range(0, len(text), characters)]
         filled = [part for part in parts if part.strip()]
         pieces += filled
@@ -94,7 +94,7 @@ def _mean_of_batch(bundle: Bundle, batch: Batch) -> list[np.ndarray]:
 def _prompt_text(record: Record) -> list[str]:
     """What the user says; the whole text of a row that is no conversation."""
     said = [message.content for message in record.messages if message.role == "user" and message.content]
-    return said or row_text(record)
+    return said or record.texts
 
 
 def _sequence(ids: list[int], number: int) -> Sequence:

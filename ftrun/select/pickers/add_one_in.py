@@ -17,7 +17,6 @@ from ftrun.registry import register
 from ftrun.runs.artifacts import digest
 from ftrun.select.base import Budget, Picker, Table
 from ftrun.select.row_numbers import row_numbers
-from ftrun.select.scoring.texts import row_text
 from ftrun.select.trials.chooser import Answers, Chooser, LocalChooser, RemoteChooser
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ class AddOneIn(Picker):
         order = candidates[np.argsort(numbers[candidates], kind="stable")]
         count = self._shards(order, table.lengths, budget, ctx)
         records = list(table.pool)
-        lines = {place: one_line(row_text(records[place]), self.row_length) for place in order.tolist()}
+        lines = {place: one_line(records[place].texts, self.row_length) for place in order.tolist()}
         cut = sum(line.endswith("…") for line in lines.values())
         if cut:
             ctx.report.note(f"questions show {cut} of {len(lines)} rows by their first {self.row_length} characters")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from ftrun.data.counts import count_tokens
 from ftrun.registry import register
 from ftrun.select.base import Scorer
-from ftrun.select.scoring.texts import encode, row_text
 
 if TYPE_CHECKING:
     from ftrun.data.pool import Pool
@@ -30,15 +30,11 @@ class Longest(Scorer):
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """Token counts, (rows,); NaN for a row without text, or without a response where that is what counts."""
-        texts: list[str] = []
-        owner: list[int] = []
-        for position, record in enumerate(pool):
-            found = row_text(record) if self.of == "total" else [record.response] if record.response else []
-            texts += found
-            owner += [position] * len(found)
-            if not found:
-                ctx.scorer.reasons[position] = "no text" if self.of == "total" else "no response"
-        counts = np.array([len(ids) for ids in encode(ctx.scorer.tokenizer, texts)], float)
-        tokens = np.bincount(owner, weights=counts, minlength=len(pool)) if owner else np.zeros(len(pool))
-        tokens[np.bincount(owner, minlength=len(pool)) == 0] = np.nan
-        return {"tokens": tokens}
+        if self.of == "total":
+            counts = ctx.scorer.row_tokens(pool)
+        else:
+            counts = count_tokens(ctx.scorer.tokenizer, (record.response for record in pool))
+        empty = counts == 0
+        why = "no text" if self.of == "total" else "no response"
+        ctx.scorer.reasons |= dict.fromkeys(np.flatnonzero(empty).tolist(), why)
+        return {"tokens": np.where(empty, np.nan, counts)}

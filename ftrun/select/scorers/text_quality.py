@@ -10,7 +10,6 @@ import numpy as np
 
 from ftrun.registry import register
 from ftrun.select.base import Scorer, Table
-from ftrun.select.scoring.texts import row_text
 
 if TYPE_CHECKING:
     from ftrun.data.pool import Pool
@@ -39,7 +38,7 @@ class TextQuality(Scorer):
 
     def score(self, pool: Pool, ctx: Context) -> dict[str, np.ndarray]:
         """Quality and what the filter looks at, (rows,) each; NaN for a row without text."""
-        measured = np.array([self.measure("\n".join(row_text(record))) for record in pool]).reshape(-1, 5)
+        measured = np.array([self.measure("\n".join(record.texts)) for record in pool]).reshape(-1, 5)
         for place in np.flatnonzero(np.isnan(measured[:, 0])).tolist():
             ctx.scorer.reasons[place] = "no text"
         quality, lines, short, repeated, characters = measured.T

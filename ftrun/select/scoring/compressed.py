@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ftrun.select.scoring.texts import row_text
-
 if TYPE_CHECKING:
     from ftrun.data.records import Record
 
 
 def row_bytes(record: Record) -> bytes:
     """All texts of a row in UTF-8, a line each."""
-    return "".join(text + "\n" for text in row_text(record)).encode()
+    return "".join(text + "\n" for text in record.texts).encode()

@@ -85,12 +85,6 @@ def assistant_turns(record: Record) -> Iterator[tuple[tuple[Message, ...], str]]
             yield messages[:index], message.content
 
 
-def row_text(record: Record) -> list[str]:
-    """All texts of a row, whatever its kind."""
-    texts = [message.content for message in (*record.messages, *record.chosen, *record.rejected)]
-    return [text for text in (*texts, record.text, record.text_pair) if text]
-
-
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens."""
     return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
