@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from ftrun.data import verify
+from ftrun.data import answers, verify
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
-from ftrun.data import answers
 from ftrun.evaluation.evaluators.generation import Generation
 
 
