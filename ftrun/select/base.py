@@ -102,7 +102,7 @@ class Picker:
     needs_similarity: ClassVar[bool] = False  # picks by how near rows are to queries
     orders: ClassVar[bool] = False  # has `passes`: training sees the rows in its order, not in one drawn anew
 
-    def of(self, scorer: Scorer) -> Picker:
+    def stands_for(self, scorer: Scorer) -> Picker:
         """The picker that picks for this scorer: itself, unless it stands for another."""
         return self
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def picker_of(settings: Settings) -> Picker:
     """The picker that picks: that of the scorer's paper where nobody chose another."""
     picker: Picker = settings.component("picker")
-    return picker.of(settings.component("select"))
+    return picker.stands_for(settings.component("select"))
 
 
 def training_order(table: TokenTable, ctx: Context) -> list[np.ndarray]:

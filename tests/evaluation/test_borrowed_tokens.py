@@ -11,7 +11,7 @@ from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.evaluation.evaluators import borrowed_tokens as module
 from ftrun.evaluation.evaluators.borrowed_tokens import BorrowedTokens, borrowed
-from ftrun.evaluation.evaluators.token_shift import Answer, TokenShift
+from ftrun.evaluation.shifts import Answer, Comparison
 
 
 def answer(id: int, tokens: list[int], rank: list[int]) -> Answer:
@@ -35,7 +35,7 @@ def given(monkeypatch, bundle):
     """Fixed answers, and the tiny model as the encoder."""
 
     def make(*answers: Answer) -> None:
-        monkeypatch.setattr(TokenShift, "answers", lambda *_: list(answers))
+        monkeypatch.setattr(Comparison, "answers", lambda *_: list(answers))
         monkeypatch.setattr(module, "_encoder", lambda _ctx: bundle)
 
     return make
@@ -84,7 +84,7 @@ def test_a_model_against_itself_borrows_nothing(bundle, context, monkeypatch, ti
     from ftrun.config import compose
 
     monkeypatch.setattr(module, "_encoder", lambda _ctx: bundle)
-    monkeypatch.setattr(TokenShift, "_base", lambda *_: bundle)
+    monkeypatch.setattr(Comparison, "_base", lambda *_: bundle)
     heldout = Rows([Record(0, "sft", (Message("user", "what is 1"), Message("assistant", "yes")))])
     ctx = context(heldout=heldout, train_tokens=trained(bundle, "yes", "no"))
     ctx.settings = compose.load([f"model.path={tiny_dir}"]).settings

@@ -16,7 +16,8 @@ from ftrun.config import compose
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
 from ftrun.errors import ConfigError, DataError
-from ftrun.evaluation.evaluators.token_shift import Answer, TokenShift, details, plain_ids, shift
+from ftrun.evaluation.evaluators.token_shift import TokenShift, details
+from ftrun.evaluation.shifts import Answer, Comparison, plain_ids, shift
 from ftrun.models.bundle import Bundle
 
 
@@ -46,7 +47,7 @@ def against(monkeypatch, bundle):
 
     def make(**knobs) -> TokenShift:
         evaluator = TokenShift(**{"max_new_tokens": 12, **knobs})
-        monkeypatch.setattr(evaluator, "_base", lambda _bundle, _ctx: bundle)
+        monkeypatch.setattr(Comparison, "_base", lambda _self, _bundle, _ctx: bundle)
         return evaluator
 
     return make
@@ -62,7 +63,7 @@ def test_a_model_against_itself_is_unshifted(against, bundle, context, rows, siz
 
 @pytest.mark.parametrize("read", ["plain", "same"])
 def test_ranks_follow_a_plain_loop(against, tuned, bundle, context, rows, read):
-    answers = against(context=read).answers(tuned, context(heldout=rows), "token_shift")
+    answers = Comparison(**vars(against(context=read))).answers(tuned, context(heldout=rows), "token_shift")
     assert len({len(answer.tokens) for answer in answers} - {0}) > 0
     for answer, record in zip(answers, rows.records, strict=True):
         template = Renderer(bundle.tokenizer).prompt_ids(record)
@@ -88,7 +89,7 @@ def test_shares_add_up_and_neither_batches_nor_processes_matter(against, tuned, 
     shares = []
     for rank in range(2):
         team = alone(rank, 2)
-        against(batch_size=2).answers(tuned, context(team, heldout=rows), "token_shift")
+        Comparison(**vars(against(batch_size=2))).answers(tuned, context(team, heldout=rows), "token_shift")
         shares.append(team.given[0])
     assert all(shares)
     both = against(batch_size=2).evaluate(tuned, context(alone(1, 2, gathered=[shares]), heldout=rows))

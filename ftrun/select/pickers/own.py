@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class Own(Picker):
     """Picks as the scorer's paper does; for most scorers that is top_k."""
 
-    def of(self, scorer: Scorer) -> Picker:
+    def stands_for(self, scorer: Scorer) -> Picker:
         """The picker that stands behind it for this scorer."""
         return registry.build("picker", scorer.own_picker)
 
     def pick(self, table: Table, candidates: np.ndarray, column: str, budget: Budget, ctx: Context) -> np.ndarray:
-        return self.of(ctx.settings.component("select")).pick(table, candidates, column, budget, ctx)
+        return self.stands_for(ctx.settings.component("select")).pick(table, candidates, column, budget, ctx)
