@@ -117,7 +117,7 @@ def test_sampling_depends_on_the_seed_only(bundle, context, rows):
 
 
 def test_sampling_follows_the_softmax():
-    from ftrun.evaluation.answering import OwnNoise
+    from ftrun.models.generation import OwnNoise
 
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     noise = OwnNoise([[1]], 2.0, seed=0)

@@ -12,9 +12,9 @@ from ftrun import cli
 from ftrun.config.settings import DataConfig
 from ftrun.select.scorers.trim import Trim
 from ftrun.select.scorers.tshirt import Tshirt
+from ftrun.select.scoring import token_scores
 from ftrun.select.scoring.texts import read_turns
 from ftrun.select.scoring.token_scores import Scored, write_token_scores
-from ftrun.training.scoring import token_scores
 
 
 def written(ctx) -> dict[str, list]:
