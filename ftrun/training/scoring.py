@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 import zipfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 
 from ftrun.data.batches import Batch, collate, cut_batches, token_budget
 from ftrun.data.counts import count_row_tokens
-from ftrun.data.tokens import Sequence as TokenSequence
+from ftrun.data.ragged import Ragged
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError, DataError
 from ftrun.models.fast import packs_for_free
@@ -49,13 +50,17 @@ PREDICTED_AT_ONCE = 512  # positions
 
 def segments(texts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> TokenTable:
     """A table of (context, target) token ids in which only the target tokens are asked for."""
-    made = []
-    for number, (context, target) in enumerate(texts):
-        ids = np.array([*context, *target], np.int32)
-        asked = np.ones(len(ids), np.float32)
-        asked[: len(context)] = 0
-        made.append(TokenSequence(ids, asked, number))
-    return TokenTable.from_sequences(made)
+    ids, before = Ragged(), array("q")
+    for context, target in texts:
+        ids.append([*context, *target])
+        before.append(len(context))
+    lengths, given = ids.lengths, np.array(before, np.int64)
+    asked = np.ones(int(lengths.sum()), np.float32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    for start, count in zip(offsets[:-1].tolist(), given.tolist(), strict=True):
+        asked[start : start + count] = 0
+    number = np.arange(len(lengths), dtype=np.int64)
+    return TokenTable(ids.ids, asked, offsets, number, np.full(len(lengths), -1, np.int64))
 
 
 @dataclass

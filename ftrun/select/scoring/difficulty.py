@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -85,7 +85,7 @@ class Difficulty(Scorer):
 
     def _losses(self, turns: Turns, rooms: list[int], scoring: Scoring) -> tuple[np.ndarray, np.ndarray]:
         """Mean nll of every turn with its prompt and without, (turns,) each."""
-        kept = [response[:room] for response, room in zip(turns.response, rooms, strict=True)]
+        kept = (response[:room] for response, room in zip(turns.response, rooms, strict=True))
         conditional = scoring.mean_nll(segments(zip(turns.prompt, kept, strict=True)), "score responses with prompt")
         direct = scoring.mean_nll(segments(self.direct(turns, rooms)), "score responses alone")
         conditional[np.array(rooms) == 0] = np.nan  # a full prompt leaves nothing to compare
@@ -112,9 +112,9 @@ class Difficulty(Scorer):
         with training.trained(table.rows(np.flatnonzero(answered & np.isin(turns.row, chosen))), ctx) as epoch:
             yield epoch.scoring(ctx)
 
-    def direct(self, turns: Turns, rooms: list[int]) -> list[tuple[list[int], list[int]]]:
+    def direct(self, turns: Turns, rooms: list[int]) -> Iterable[tuple[list[int], list[int]]]:
         """Context and targets of the pass without the prompt; ``rooms`` are the response tokens that the prompt leaves."""
-        return [(turns.answer_mark, response[:room]) for response, room in zip(turns.response, rooms, strict=True)]
+        return ((turns.answer_mark, response[:room]) for response, room in zip(turns.response, rooms, strict=True))
 
     def planned_trainings(self, rows: int) -> list[PlannedTraining]:
         if not self.warmup:
@@ -157,7 +157,7 @@ class PromptedPerplexity(Difficulty):
         "equal"  # reference: a direct side that is cut keeps one token more, as in the authors' code
     )
 
-    def direct(self, turns: Turns, rooms: list[int]) -> list[tuple[list[int], list[int]]]:
+    def direct(self, turns: Turns, rooms: list[int]) -> Iterable[tuple[list[int], list[int]]]:
         # the authors' extra token is meant for a BOS; without one it is a response token that the other side never sees
         extra = 1 if self.truncation == "reference" and not turns.answer_mark else 0
         return super().direct(turns, [room + extra for room in rooms])

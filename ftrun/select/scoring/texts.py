@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ftrun.data.formats import renamed
+from ftrun.data.ragged import Ragged
 from ftrun.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,13 +29,16 @@ ALPACA_HEAD_WITH_INPUT = (
 ALPACA_ANSWER = "### Response:"  # no line break: the response follows at once
 
 
+TURNS = 4096  # tokenised at a time
+
+
 @dataclass
 class Turns:
     """Assistant turns of a pool as token ids, special tokens in front included."""
 
     row: np.ndarray  # (turns,) position of the row in the pool
-    prompt: list[list[int]]
-    response: list[list[int]]  # no special tokens
+    prompt: Sequence[list[int]]
+    response: Sequence[list[int]]  # no special tokens
     answer_mark: list[int]  # what introduces an answer when there is no prompt: "### Response:" or a chat header
 
     def row_mean(self, values: np.ndarray, rows: int) -> np.ndarray:
@@ -59,22 +64,25 @@ def read_turns(pool: Iterable[Record], ctx: Context, form: Form) -> Turns:
     response in one go may merge across the seam.
     """
     tokenizer = ctx.scorer.bundle.tokenizer
+    columns = ctx.settings.data.columns
     rows: list[int] = []
-    prompts: list[str] = []
-    responses: list[str] = []
-    for position, record in enumerate(pool):
-        for before, answer in assistant_turns(record):
-            rows.append(position)
-            prompts.append(_prompt(record, before, form, tokenizer, ctx.settings.data.columns))
-            responses.append(answer)
+    prompts, responses = Ragged(), Ragged()
     lead = [] if form == "chat" else added_ids(tokenizer)[0]  # a chat template writes its own
+
+    def turns() -> Iterator[tuple[str, str]]:
+        for position, record in enumerate(pool):
+            for before, answer in assistant_turns(record):
+                rows.append(position)
+                yield _prompt(record, before, form, tokenizer, columns), answer
+
+    rest = turns()
+    while piece := list(islice(rest, TURNS)):
+        for ids in encode(tokenizer, [prompt for prompt, _ in piece]):
+            prompts.append(lead + ids)
+        for ids in encode(tokenizer, [answer for _, answer in piece]):
+            responses.append(ids)
     mark = {"alpaca": ALPACA_ANSWER, "chat": _chat_header(tokenizer) if form == "chat" else ""}.get(form, "")
-    return Turns(
-        np.array(rows, np.int64),
-        [lead + ids for ids in encode(tokenizer, prompts)],
-        encode(tokenizer, responses),
-        lead + encode(tokenizer, [mark])[0],
-    )
+    return Turns(np.array(rows, np.int64), prompts, responses, lead + encode(tokenizer, [mark])[0])
 
 
 def assistant_turns(record: Record) -> Iterator[tuple[tuple[Message, ...], str]]:
