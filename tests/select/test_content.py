@@ -76,3 +76,12 @@ def test_cluster_names_tell_them_apart(mixed, make_pool):
 
 def test_sources_are_a_field_or_nothing(mixed, make_pool):
     assert make_pool(mixed).sources == ["kennel"] * 12 + [None] * 8
+
+
+def test_topics_of_a_large_pool_are_those_of_a_sample(mixed, make_pool, monkeypatch):
+    """Only the sampled rows have a cluster, and which rows they are does not depend on the order of the pool."""
+    monkeypatch.setattr("ftrun.select.content.FITTED", 10)
+    order = np.random.default_rng(1).permutation(len(mixed))
+    first, second = (Content(make_pool(rows), 0).clusters(None) for rows in (mixed, [mixed[i] for i in order]))
+    assert first.rows == second.rows == 10
+    np.testing.assert_array_equal(first.label[order] >= 0, second.label >= 0)
