@@ -215,17 +215,17 @@ def dispatch(line: CommandLine) -> int:
     from ftrun.config import compose
 
     if line.sweep:
-        compose.check_all(line.overrides)
+        compose.check_all(line.overrides, line.verb)
         return _through_hydra(line)
     if line.hydra_flags:
-        compose.load(line.overrides)
+        compose.load(line.overrides, line.verb)
         return _through_hydra(line)
     if line.verb == "select" and len(compose.recipe_names(line.overrides)) > 1:
         from ftrun.verbs import run_together
 
         _print_result(line, run_together(compose.load_each(line.overrides), line.overrides))
         return 0
-    composed = compose.load(line.overrides)
+    composed = compose.load(line.overrides, line.verb)
     _print_result(line, execute(line.verb, composed, line))
     return 0
 
@@ -275,7 +275,8 @@ def _through_hydra(line: CommandLine) -> int:
         overrides = list(state.overrides.task)
         choices: dict[str, Any] = OmegaConf.to_container(state.runtime.choices)  # type: ignore[assignment]
         try:
-            result = execute(line.verb, compose.resolve(config, choices, overrides), CommandLine(line.verb, overrides))
+            composed = compose.resolve(config, choices, overrides, line.verb)
+            result = execute(line.verb, composed, CommandLine(line.verb, overrides))
         except Exception as error:
             failed.append(say(error if isinstance(error, FtrunError) else unexpected(error)))
             if failed[-1] in (130, 143):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ftrun.adapters.base import Adapter
-from ftrun.adapters.peft_adapter import loadable_path, seeded
+from ftrun.adapters.peft_adapter import base_of, seeded
 from ftrun.errors import ComponentError, ConfigError
 from ftrun.models.architecture import Architecture, describe
 from ftrun.registry import register
@@ -71,7 +71,8 @@ class Bottleneck(Adapter):
         target.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
         save_file(trained, target / FILE)
-        about = {"method": "bottleneck", "base_model": loadable_path(model), **asdict(self)}
+        base, revision = base_of(model)
+        about = {"method": "bottleneck", "base_model": base, "revision": revision, **asdict(self)}
         (target / "bottleneck.json").write_text(json.dumps(about, indent=2) + "\n")
         return target
 

@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 KINDS = ("attention", "mlp", "q", "k", "v", "o", "gate", "up", "down")
 
-# warnings of peft that a user can do nothing about, or that lora_start.py takes care of
+# warnings of peft that a user can do nothing about, or that lora_start.py and tied_weights.py take care of
 SETTLED = (
     "lora with eva initialization",
     "Using Rank-Stabilized LoRA with rank_pattern",
     "`is_gradient_checkpointing` is deprecated",
     "Full backward hook is firing",
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
+    "Model with `tie_word_embeddings=True` and the tied_target_modules",
+    "Input and output embeddings are no longer tied after merging",
 )
 
 
@@ -51,7 +54,7 @@ class PeftAdapter(Adapter):
             self.before_wrap(model, config, ctx)
             wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
             self.after_wrap(wrapped, ctx)
-        wrapped.peft_config["default"].base_model_name_or_path = loadable_path(model)
+        name_base(wrapped.peft_config["default"], model)
         return wrapped
 
     def before_wrap(self, model: nn.Module, config: PeftConfig, ctx: Context) -> None:
@@ -66,6 +69,7 @@ class PeftAdapter(Adapter):
     def save(self, model: Any, folder: Path) -> Path:
         # False: with "auto" peft asks the hub for the base's vocabulary
         model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        _name_base_in_card(folder / "adapter" / "README.md", model.peft_config["default"])
         return folder / "adapter"
 
     def load(self, model: Any, folder: Path) -> nn.Module:
@@ -85,8 +89,11 @@ class PeftAdapter(Adapter):
                 "merging into quantised weights would round them again and change the results",
                 todo="Load the base with quant=none, load the adapter on it, and merge that.",
             )
+        from ftrun.adapters.tied_weights import told_apart
+
         try:
-            return model.merge_and_unload(safe_merge=True)
+            with told_apart(model), settled_warnings():
+                return model.merge_and_unload(safe_merge=True)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise ComponentError(
                 f"peft cannot merge this adapter: {error}", todo="Load adapter/ with peft instead."
@@ -107,10 +114,21 @@ def is_quantised(model: Any) -> bool:
     return getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
 
 
-def loadable_path(model: Any) -> str:
-    """Where the base was loaded from: an absolute folder, or a hub id."""
-    name = str(getattr(model, "name_or_path", ""))
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+def base_of(model: Any) -> tuple[str, str | None]:
+    """Name and revision of the base, as others can load it: a hub id and its commit, or a folder (models/source.py)."""
+    return str(model.config._name_or_path or ""), getattr(model.config, "_commit_hash", None)
+
+
+def name_base(config: PeftConfig, model: Any) -> None:
+    """Say in an adapter's config what it belongs to."""
+    config.base_model_name_or_path, config.revision = base_of(model)
+
+
+def _name_base_in_card(card: Path, config: PeftConfig) -> None:
+    name, revision = config.base_model_name_or_path, config.revision
+    blank = "**Finetuned from model [optional]:** [More Information Needed]"
+    said = f"**Finetuned from model:** {name}" + (f", revision {revision}" if revision else "")
+    card.write_text(card.read_text().replace(blank, said))
 
 
 def task_type(ctx: Context) -> str:

@@ -86,8 +86,8 @@ def _combined(overrides: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def load(overrides: Sequence[str]) -> Composed:
-    """Compose one config from command-line overrides (no sweep) and check all of it.
+def load(overrides: Sequence[str], verb: str = "train") -> Composed:
+    """Compose one config from command-line overrides (no sweep) and check all of it, for what ``verb`` does.
 
     Raises ConfigError with the offending key and the nearest valid one.
     """
@@ -100,7 +100,7 @@ def load(overrides: Sequence[str]) -> Composed:
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, overrides) from None
     choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
-    return resolve(config, choices, overrides)
+    return resolve(config, choices, overrides, verb)
 
 
 def recipe_names(overrides: Sequence[str]) -> list[str]:
@@ -120,7 +120,7 @@ def load_each(overrides: Sequence[str]) -> list[Composed]:
     for name in recipe_names(overrides):
         recipes.find(name)  # an unknown name is no matter of overrides
         try:
-            fine.append(load([f"recipe={name}", *others]))
+            fine.append(load([f"recipe={name}", *others], "select"))
         except ConfigError as error:
             refused[name] = error
     names = [composed.settings.recipe or "" for composed in fine]
@@ -155,7 +155,7 @@ def _check_one_pool(methods: Sequence[Composed]) -> None:
             raise ConfigError(f"recipes {first.recipe} and {settings.recipe} set different seeds", todo="Set seed=0.")
 
 
-def check_all(overrides: Sequence[str], limit: int = 32) -> None:
+def check_all(overrides: Sequence[str], verb: str = "train", limit: int = 32) -> None:
     """Check the first ``limit`` jobs of a sweep before any of them starts."""
     columns: list[list[str]] = []
     for override in parse(overrides):
@@ -164,10 +164,10 @@ def check_all(overrides: Sequence[str], limit: int = 32) -> None:
         elif not override.is_sweep_override() and not override.key_or_group.startswith("hydra"):
             columns.append([str(override.input_line)])
     for job in islice(product(*columns), limit):
-        load(job)
+        load(job, verb)
 
 
-def resolve(config: DictConfig, choices: dict[str, Any], overrides: Sequence[str]) -> Composed:
+def resolve(config: DictConfig, choices: dict[str, Any], overrides: Sequence[str], verb: str = "train") -> Composed:
     """Turn a composed Hydra config into Settings, refusing every key that nothing would read."""
     # unresolved: a text that was escaped once must not be resolved twice
     plain: Any = OmegaConf.to_container(config, resolve=False)
@@ -182,13 +182,13 @@ def resolve(config: DictConfig, choices: dict[str, Any], overrides: Sequence[str
         if slot != "eval" and slot not in choices:
             raise slot_taken_away(slot)
     try:
-        settings = _settings(raw, choices, recipe)
+        settings = _settings(raw, choices, recipe, verb)
     except ConfigError as error:
         raise _with_origin(error, recipe, overrides) from None
     return Composed(settings, recipe, _notes(recipe, settings))
 
 
-def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | None) -> Settings:
+def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | None, verb: str) -> Settings:
     scoring = _section(raw, "select")
     picker = scoring.pop("picker", {})
     shared = _shared_select(scoring)
@@ -220,8 +220,9 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
         raise ConfigError(f'there is no key "{key}"', f"{key}={raw[key]}", todo)
     scalars = check_section(raw, root_knobs(), "")
     scalars["recipe"] = recipe.name if recipe else None
-    capabilities.check_mix(specs)
     settings = Settings(**scalars, **sections, slots=slots, eval=evaluators, select=shared, tokens=tokens)
+    at_work = capabilities.slots_at_work(verb, settings.stages)
+    capabilities.check_mix([spec for spec in specs if spec.slot in at_work])
     check_values(settings)
     return settings
 

@@ -81,7 +81,7 @@ class LaunchConfig:
     node_rank: int = 0  # this machine's number
     address: str = "127.0.0.1"  # address of machine 0
     port: int = 0  # port on machine 0; 0: any free one (one machine only)
-    threads: int | None = None  # CPU threads of each process; null: the cores it may use, shared fairly
+    threads: int | None = None  # CPU threads of each process; null: OMP_NUM_THREADS, or a fair share of the cores
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
 
 

@@ -18,7 +18,8 @@ from ftrun.data.records import Record
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.runs.artifacts import MANIFEST, digest, disk_guard, sha256, whole_folder
+from ftrun.runs.artifacts import MANIFEST, digest, disk_guard, whole_folder
+from ftrun.runs.stagecache import Key, key_of
 
 if TYPE_CHECKING:
     from ftrun.runs.progress import Reporter
@@ -74,11 +75,13 @@ def prepare(
             {record.label for record in pool if record.label is not None},
             key=lambda label: (isinstance(label, str), label),
         )
-    target = folder / cache_key(pool, tokenizer, data, max_length, vocab_size, labels)
+    key = cache_key(pool, tokenizer, data, max_length, vocab_size, labels)
+    target = folder / key.digest
     if not (target / MANIFEST).exists():
         renderer = Renderer(tokenizer, data.train_on, labels or ())
         with whole_folder(target) as beside:
             _Preflight(pool, renderer, data, max_length, vocab_size).run(beside, report)
+            key.write(beside)
     stored = json.loads((target / "prepared.json").read_text())
     table = TokenTable.open(target)
     return Prepared(
@@ -93,17 +96,17 @@ def prepare(
 
 def cache_key(
     pool: Pool, tokenizer: Any, data: DataConfig, max_length: int, vocab_size: int, labels: list[str | int] | None
-) -> str:
-    """Hash of all that the tokens depend on, the code that makes them included."""
-    settings = [max_length, data.overlong, data.train_on, data.system, data.format, data.columns]
-    code = [
-        sha256(Path(__file__).with_name(name))
-        for name in ("formats.py", "readers.py", "render.py", "encode.py", "prepare.py")
-    ]
+) -> Key:
+    """All that the tokens depend on, the code that makes them included."""
     ids = digest(pool.ids.tolist()) if len(pool) < len(pool.index) else len(pool)
-    return digest(
-        [pool.fingerprint, ids, pool.format, tokenizer_fingerprint(tokenizer), vocab_size, labels, settings, code]
-    )
+    asked = ("overlong", "train_on", "system", "format", "columns")
+    what = {
+        "settings": {name: getattr(data, name) for name in asked} | {"max_length": max_length},
+        "rows": [pool.fingerprint, ids, pool.format],
+        "tokenizer": [tokenizer_fingerprint(tokenizer), vocab_size],
+        "labels": labels,
+    }
+    return key_of("tokens", what, modules=[__name__], libraries=("tokenizers", "transformers", "numpy"))
 
 
 class _Preflight:

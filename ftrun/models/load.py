@@ -24,7 +24,7 @@ from ftrun.models.bundle import Bundle
 from ftrun.models.fast import speed_up
 from ftrun.models.fingerprint import folder_fingerprint
 from ftrun.models.quiet import without_bars
-from ftrun.models.source import model_folder, weight_files
+from ftrun.models.source import model_folder, origin, weight_files
 from ftrun.quant.base import Quant
 from ftrun.runs.memory import memory_guard
 
@@ -70,6 +70,8 @@ def load_bundle(
             output_loading_info=True,
             **arguments,
         )
+    # what saved files say of their base; ``loaded.name_or_path`` stays the folder, to read it again
+    loaded.config._name_or_path, loaded.config._commit_hash = origin(model, folder)
     architecture = describe(loaded)
     _check_weights(report["missing_keys"], loaded, architecture.backbone, task, folder)
     _check_vocabulary(tokenizer, architecture.vocabulary, folder)
@@ -116,6 +118,16 @@ def parameters_in(model: ModelConfig) -> int:
 def fingerprint(model: ModelConfig) -> str:
     """Hash of the weights, config and tokenizer that ``model`` names."""
     return folder_fingerprint(model_folder(model))
+
+
+def resolved(model: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """What ``model`` computes with on ``device``: for keys of what is kept, and independent of where its files lie."""
+    return {
+        "fingerprint": fingerprint(model),
+        "dtype": str(resolve_dtype(model.dtype, device)),
+        "attention": attention_for(load_config(model), model.attention, device),
+        "device": device.type,
+    }
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -46,6 +46,19 @@ def model_folder(model: ModelConfig, weights: bool = True) -> Path:
     return folder
 
 
+def origin(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
+    """Name and revision by which others find the model that was found in ``folder``; no path into a cache.
+
+    A hub id comes with the commit that was loaded, where the hub's cache tells; a path is the user's own, made absolute.
+    """
+    if model.path.startswith("builtin:"):
+        return model.path, None
+    local = Path(model.path).expanduser()
+    if local.exists():
+        return os.path.abspath(local), None
+    return model.path, folder.name if folder.parent.name == "snapshots" else model.revision
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the model, shards in order."""
     index = folder / "model.safetensors.index.json"

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from ftrun import registry
 from ftrun.runs.artifacts import cache_dir
+from ftrun.runs.cores import OMP, threads_of_environment, usable_cores
 
 Status = Literal["ok", "unsure", "slow", "missing"]
 COLOURS: dict[Status, str] = {"ok": "green", "unsure": "yellow", "slow": "yellow", "missing": "red"}
@@ -110,19 +111,16 @@ def _package(name: str, tested: str | None, todo: str) -> Finding:
 # ---- the machine ----
 
 
-def usable_cores() -> int:
-    """Cores that this process may use, which a scheduler or container may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def processor() -> Iterator[Finding]:
     cores, all_cores = usable_cores(), os.cpu_count() or 1
     yield Finding("cores", "ok", f"{cores} usable of {all_cores}" if cores < all_cores else f"{cores}")
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    if limit.isdigit() and int(limit) < cores:
-        yield Finding(
-            "threads", "slow", f"OMP_NUM_THREADS={limit} leaves cores idle", "Unset it, or set launch.threads."
-        )
+    said = os.environ.get(OMP)
+    threads = threads_of_environment()
+    if said is not None and threads is None:
+        yield Finding("threads", "unsure", f"{OMP}={said} is no number of threads: the cores decide", "Unset it.")
+    elif threads is not None and threads != cores:
+        seen = f"{OMP}={said}: a process takes {threads} thread{'s' * (threads != 1)} on {cores} cores"
+        yield Finding("threads", "slow", seen, f"Unset it, or set launch.threads={cores}, which goes before it.")
 
 
 def memory() -> Iterator[Finding]:

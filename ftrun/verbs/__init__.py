@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftrun.config.capabilities import slots_at_work
 from ftrun.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ CHAIN_VERBS = ("train", "select")
 def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool = False) -> dict[str, Any] | None:
     """Carry out ``verb``. Raises FtrunError."""
     if verb in (*CHAIN_VERBS, "plan", "preview"):
-        _check_parts(composed)
+        _check_parts(verb, composed)
     if verb in CHAIN_VERBS:
         return _run_chain(verb, composed, list(overrides))
     if verb == "show":
@@ -35,8 +36,12 @@ def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool
         return _work(verb, composed, overrides, html)
 
 
-def _check_parts(composed: Composed) -> None:
+def _check_parts(verb: str, composed: Composed) -> None:
+    """Let those components that look at the whole config do so, where they will be at work."""
+    at_work = slots_at_work(verb, composed.settings.stages)
     for slot in ("adapter", "objective"):
+        if slot not in at_work:
+            continue
         composed.settings.component(slot).check(composed.settings)
 
 
@@ -73,7 +78,7 @@ def run_together(methods: Sequence[Composed], overrides: Sequence[str]) -> dict[
     from ftrun.training import launch
 
     for composed in methods:
-        _check_parts(composed)
+        _check_parts("select", composed)
     settings = replace(methods[0].settings, recipe=",".join(str(one.settings.recipe) for one in methods))
     settings.out = settings.out or settings.resume or str(new_run_folder("several", settings.as_dict()))
     if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():

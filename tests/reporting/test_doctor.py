@@ -11,6 +11,7 @@ import pytest
 
 from ftrun.reporting import doctor as module
 from ftrun.reporting.doctor import Finding
+from ftrun.runs import cores
 
 
 def fake_torch(bf16: bool) -> SimpleNamespace:
@@ -70,12 +71,23 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "FTRUN_CACHE" in found["cache"].todo
 
 
-def test_idle_cores_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "usable_cores", lambda: 8)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert "slow" in {finding.status for finding in module.processor()}
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert {finding.status for finding in module.processor()} == {"ok"}
+@pytest.mark.parametrize(
+    ("said", "status", "threads"),
+    [(None, None, 8), ("8", None, 8), ("1", "slow", 1), ("4,2", "slow", 4), ("16", "slow", 16), ("all", "unsure", 8)],
+)
+def test_what_is_said_of_threads_is_what_a_run_takes(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, status: str | None, threads: int
+) -> None:
+    for place in (module, cores):
+        monkeypatch.setattr(place, "usable_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    found = {finding.subject: finding for finding in module.processor()}
+    assert found["cores"].status == "ok"
+    assert (found["threads"].status if "threads" in found else None) == status
+    assert cores.threads_per_process(None, processes=1) == threads
+    assert cores.threads_per_process(3, processes=2) == 3
 
 
 def test_a_silent_hub_does_not_hold_one_up(monkeypatch: pytest.MonkeyPatch) -> None:

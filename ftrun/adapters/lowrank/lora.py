@@ -224,7 +224,8 @@ class Lora(PeftAdapter):
             from ftrun.adapters.starts import loftq
 
             loftq.save_base(model, folder / "base")
-            model.peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
+            config = model.peft_config["default"]
+            config.base_model_name_or_path, config.revision = str((folder / "base").resolve()), None
         if self.init in CHANGE_BASE and self._start is not None:
             from ftrun.adapters.starts.lora_start import save_difference
 

@@ -14,7 +14,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ftrun.adapters.peft_adapter import loadable_path
+from ftrun.adapters.peft_adapter import name_base
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def save_difference(model: Any, start: dict[str, Tensor], folder: Path) -> Path:
     config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
     config.init_lora_weights, config.corda_config, config.lora_ga_config = True, None, None
     config.inference_mode = True
-    config.base_model_name_or_path = loadable_path(model.get_base_model())
+    name_base(config, model.get_base_model())
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: value.contiguous() for name, value in state.items()},

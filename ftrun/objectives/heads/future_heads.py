@@ -22,7 +22,7 @@ from ftrun.errors import ConfigError
 from ftrun.models.architecture import Architecture
 from ftrun.models.head import token_nll
 from ftrun.objectives.base import TokenLoss
-from ftrun.runs.artifacts import digest
+from ftrun.runs.stagecache import Key, key_of
 from ftrun.tokens.base import TokenPolicy
 from ftrun.training import checkpoint
 from ftrun.training.loop import Trainer
@@ -150,9 +150,16 @@ class HeadTraining:
     max_steps: int | None
     decay: float
 
-    def key(self, table: TokenTable, bundle: Bundle, count: int, seed: int) -> str:
-        """Hash of all that the trained heads depend on."""
-        return digest([asdict(self), table.fingerprint(), bundle.fingerprint, str(bundle.dtype), count, seed])
+    def key(self, table: TokenTable, bundle: Bundle, count: int, ctx: Context) -> Key:
+        """All that ``count`` trained heads depend on."""
+        quant = ctx.settings.slots["quant"]
+        what = {
+            "training": asdict(self) | {"heads": count},
+            "table": table.fingerprint(),
+            "model": bundle.computes | {"quant": quant},
+            "seed": ctx.seed,
+        }
+        return key_of("caft_heads", what, modules=[__name__], chosen={"quant": [quant[0]]})
 
     def run(self, heads: FutureHeads, table: TokenTable, bundle: Bundle, ctx: Context, folder: Path) -> None:
         """Train ``heads`` in place; a run that was killed goes on from the last checkpoint in ``folder``."""

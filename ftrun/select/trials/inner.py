@@ -24,6 +24,7 @@ from ftrun.data.prepare import Prepared, prepare
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.runs.artifacts import cache_dir, digest, is_whole
+from ftrun.runs.stagecache import key_of
 from ftrun.training.context import Context
 from ftrun.training.loop import Trainer
 from ftrun.training.scoring import segments
@@ -140,7 +141,10 @@ class InnerTraining:
     # ---- parts ----
 
     def _key(self, table: TokenTable, base: Bundle, seed: int) -> str:
-        return digest([asdict(self), table.fingerprint(), base.fingerprint, str(base.dtype), seed])
+        """Names the checkpoints in the run folder that a training which was killed goes on from."""
+        what = {"training": asdict(self), "table": table.fingerprint(), "model": base.computes, "seed": seed}
+        chosen = {"quant": [], "select": [], "picker": [], "tokens": []}  # the run folder is one of one config
+        return key_of("training", what, modules=[__name__, type(self).__module__], chosen=chosen).digest
 
     def _context(self, ctx: Context, table: TokenTable, out: Path) -> Context:
         """A context as training expects it: its own folder, and settings that say what is trained here."""
