@@ -86,7 +86,7 @@ def _key(pool: Pool, model: ModelConfig, tokenizer: Any, ctx: Context) -> Key:
         "model": resolved(model, device) | {"quant": quant, "tokenizer": tokenizer_fingerprint(tokenizer)},
         "named models": [fingerprint(ModelConfig(path=path)) for path in picker.models()],
     }
-    chosen = {"select": [scorer.name], "picker": [settings.choice("picker"), picker.name], "quant": [quant[0]]}
+    chosen = {"select": [scorer.name], "picker": [settings.choice("picker"), picker.name], "quant": [quant[0]]}  # type: ignore[attr-defined]
     return key_of("select", what, modules=[__name__], chosen=chosen | {"tokens": []})
 
 
