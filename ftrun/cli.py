@@ -215,17 +215,17 @@ def dispatch(line: CommandLine) -> int:
     from ftrun.config import compose
 
     if line.sweep:
-        compose.check_all(line.overrides)
+        compose.check_all(line.overrides, line.verb)
         return _through_hydra(line)
     if line.hydra_flags:
-        compose.load(line.overrides)
+        compose.load(line.overrides, line.verb)
         return _through_hydra(line)
     if line.verb == "select" and len(compose.recipe_names(line.overrides)) > 1:
         from ftrun.verbs import run_together
 
         _print_result(line, run_together(compose.load_each(line.overrides), line.overrides))
         return 0
-    composed = compose.load(line.overrides)
+    composed = compose.load(line.overrides, line.verb)
     _print_result(line, execute(line.verb, composed, line))
     return 0
 
@@ -265,6 +265,7 @@ def _through_hydra(line: CommandLine) -> int:
     from ftrun.config import compose
 
     failed: list[int] = []
+    base, _ = compose.base_of(line.verb, line.overrides)
 
     @hydra.main(version_base=None, config_path=None, config_name=compose.ROOT)
     def job(config: DictConfig) -> float | None:
@@ -275,7 +276,10 @@ def _through_hydra(line: CommandLine) -> int:
         overrides = list(state.overrides.task)
         choices: dict[str, Any] = OmegaConf.to_container(state.runtime.choices)  # type: ignore[assignment]
         try:
-            result = execute(line.verb, compose.resolve(config, choices, overrides), CommandLine(line.verb, overrides))
+            words = [word for word in overrides if not (base and word == f"recipe={base.name}")]
+            on_run = any(word.startswith(("run=", "resume=")) for word in words)  # its settings are the defaults
+            composed = compose.load(words, line.verb) if on_run else compose.resolve(config, choices, words)
+            result = execute(line.verb, composed, CommandLine(line.verb, words))
         except Exception as error:
             failed.append(say(error if isinstance(error, FtrunError) else unexpected(error)))
             if failed[-1] in (130, 143):
@@ -284,6 +288,6 @@ def _through_hydra(line: CommandLine) -> int:
         _print_result(line, result)
         return (result or {}).get("final_loss")
 
-    sys.argv = ["ftrun", *line.hydra_flags, *compose.prepare(line.overrides)]
+    sys.argv = ["ftrun", *line.hydra_flags, *compose.prepare(line.overrides, base)]
     job()
     return failed[0] if failed else 0

@@ -32,6 +32,7 @@ class Context:
     scoring: Scoring | None = None  # scores texts with the selection's model; set by the select stage
     facts: dict[str, Any] = field(default_factory=dict)  # what ends in lock.json and the report
     selects_in: str = "selection"  # folder below out; with several recipes each selects in one of its own
+    evaluates_in: str = "eval"  # folder below out; an evaluation of other rows than the run's own has one of its own
     begin: list[np.ndarray] = field(default_factory=list)  # rows of the first passes, where the selection orders them
 
     def calibration(self, batches: int) -> list[Batch]:
@@ -59,6 +60,11 @@ class Context:
     def selection(self) -> Path:
         """Where the selection stage writes."""
         return self.out / self.selects_in
+
+    @property
+    def evaluation(self) -> Path:
+        """Where results and predictions go."""
+        return self.out / self.evaluates_in
 
     @property
     def scorer(self) -> Scoring:

@@ -56,7 +56,7 @@ def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -
     if verb == "merge":
         from ftrun.verbs.merge import merge
 
-        return merge(composed)
+        return merge(composed, overrides)
     if verb == "generate":
         from ftrun.verbs.generate import generate
 
