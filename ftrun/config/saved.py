@@ -16,7 +16,6 @@ from ftrun.config.schema import check_section
 from ftrun.config.settings import SECTIONS, SETTINGS_FILE, SelectConfig, Settings, TokensConfig
 from ftrun.errors import ConfigError
 
-
 CONFIG = "config.yaml"
 AS_RECIPE = "_run"  # name under which the config of a run is composed like a recipe
 NOT_INHERITED = ("recipe", "out", "resume", "prompt")  # what a run said of itself alone

@@ -30,7 +30,7 @@ from ftrun.training.signals import StopSignals, error_for
 OUTPUTS = ("selection", "train", "eval", "adapter", "model")  # what a run computes, as against what it says of itself
 SPARE, SPARE_BYTES = ".spare", 1 << 16  # given up at the end, so that a full disk has room for how the run ended
 # settings that may differ between a run and its continuation: they do not change what is computed
-FREE_ON_RESUME = {"out", "resume", "launch", "stages", "eval", "run", "prompt"}
+FREE_ON_RESUME = {"out", "resume", "launch", "stages", "eval", "prompt"}
 FREE_TRAIN_KEYS = {"save_steps", "keep_checkpoints", "log_steps", "trackers", "eval_before", "merge", "batch_tokens"}
 
 

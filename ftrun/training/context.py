@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ftrun.models.bundle import Bundle
     from ftrun.runs.progress import Reporter
     from ftrun.training.distributed import Team
+    from ftrun.training.parts import Attached
     from ftrun.training.scoring import Scoring
 
 
@@ -25,6 +26,7 @@ class Context:
     out: Path  # the run folder
     team: Team  # the processes of this run: rank, world_size, barrier, all_reduce, gather
     report: Reporter  # progress and messages for people, on standard error and in ftrun.log
+    adapter: Attached | None = None  # where it was put on with the model: that of the run that this one goes on from
     bundle: Bundle | None = None  # the run's model; a stage that needs it loads it through stages/attach.py
     heldout: Pool | None = None  # rows kept for evaluation
     heldout_tokens: TokenTable | None = None

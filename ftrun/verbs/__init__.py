@@ -19,6 +19,11 @@ CHAIN_VERBS = ("train", "select")
 
 def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool = False) -> dict[str, Any] | None:
     """Carry out ``verb``. Raises FtrunError."""
+    if verb in ("train", "plan", "preview"):
+        from ftrun.config import keys
+        from ftrun.config.ancestor import go_on
+
+        go_on(composed, keys.named(overrides))
     if verb in (*CHAIN_VERBS, "plan", "preview"):
         _check_parts(composed)
     if verb in CHAIN_VERBS:
