@@ -111,6 +111,10 @@ class Chain(RecordedRun):
         adapter, quant = settings.choice("adapter"), settings.choice("quant")
         self.report.stage("train", f"{settings.choice('objective')} with adapter={adapter}, quant={quant}")
         trainer = self.attach(table)
+        if self.begun_with:
+            train.check_length(trainer, self.begun_with, path, self.ctx)
+            if self.ctx.team.is_main:
+                self.write_settings({})
         train.train(trainer, self.ctx, self.signals, path, self.counts)
         train.save(trainer.adapter, self.ctx)
         if "eval" in settings.stages:

@@ -41,8 +41,12 @@ def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool
 
 
 def _check_parts(composed: Composed) -> None:
+    settings = composed.settings
     for slot in ("adapter", "objective"):
-        composed.settings.component(slot).check(composed.settings)
+        settings.component(slot).check(settings)
+    for slot in settings.slots:  # each refuses knobs that it cannot work with
+        settings.component(slot)
+    settings.evaluators()
 
 
 def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -> dict[str, Any] | None:
@@ -92,9 +96,15 @@ def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str,
     from ftrun.training import launch
 
     settings = composed.settings
-    if settings.recipe is None and settings.choice("select") == "none" and verb == "select":
+    if verb == "train" and settings.resume and settings.stages == ["select"]:
+        from ftrun.config import keys
+        from ftrun.config.settings import RootConfig
+
+        if not keys.names(keys.named(overrides), "stages"):
+            settings.stages = RootConfig().stages  # the selection of `ftrun select` is trained on
+    if settings.recipe is None and not settings.resume and settings.choice("select") == "none" and verb == "select":
         raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
-    if settings.recipe is None and verb == "train":
+    if settings.recipe is None and verb == "train" and not (settings.resume or settings.run):
         raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
     if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
         return _run_processes(verb, settings, overrides)

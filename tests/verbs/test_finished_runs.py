@@ -286,3 +286,82 @@ def test_prompts_without_their_network_are_refused(source, tiny_dir, tmp_path):
     ftrun.run("train", "prefix_sft", [f"model.path={tiny_dir}", f"out={run}", *words])
     with pytest.raises(ConfigError, match="not the network that made them"):
         ftrun.run("train", "prefix_sft", [f"run={run}", f"out={tmp_path / 'two'}", *words])
+
+
+# ---- resuming ----
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The finished run, to be resumed in a folder of its own."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in lines(out / "train/metrics.jsonl")]
+
+
+def test_a_longer_run_goes_on_alone(copied, finished, source, tiny_dir, tmp_path, capsys):
+    """resume= alone says everything else; with a schedule that never looks at the end, as if it had never stopped."""
+    ftrun.run("merge", overrides=[f"run={copied}"])
+    summary = ftrun.run("train", overrides=[f"resume={copied}", "train.max_steps=6"])
+    said = capsys.readouterr().err
+    assert "goes on to step 6 instead of 4; schedule=constant has given the steps so far the same rates" in said
+    assert summary["steps"] == 6 and summary["recipe"] == "lora_sft" and not (copied / "model").exists()
+    whole = tmp_path / "whole"
+    words = [f"model.path={tiny_dir}", f"data.path={source}", f"out={whole}", "adapter.lora_dropout=0", "eval=[]"]
+    ftrun.run("train", "lora_sft", [*words, *WORDS, "train.max_steps=6"])
+    assert losses(copied) == losses(whole) and losses(copied)[:4] == losses(finished)
+    assert (copied / "adapter/adapter_model.safetensors").read_bytes() == (
+        whole / "adapter/adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_a_resumed_run_must_agree(copied, capsys):
+    """Neither shorter nor otherwise; what was refused leaves no trace in the settings of the run."""
+    config = (copied / "config.yaml").read_text()
+    assert cli.entry(["train", f"resume={copied}", "train.max_steps=3"]) == 2
+    assert "was started with 4 steps, and 3 are asked for" in capsys.readouterr().err
+    assert cli.entry(["train", f"resume={copied}", "optim.learning_rate=1e-3"]) == 2
+    assert "optim.learning_rate 0.01 -> 0.001" in capsys.readouterr().err
+    assert cli.entry(["train", f"resume={copied}", "adapter.rr=1"]) == 2
+    assert 'Did you mean "adapter.r"?' in capsys.readouterr().err
+    kept = (copied / "config.yaml").read_text()
+    assert kept.replace(f"resume: {copied}", "resume: null") == config.replace(f"out: {_out(config)}", "out: null")
+
+
+def _out(config):
+    return next(line.removeprefix("out: ") for line in config.splitlines() if line.startswith("out: "))
+
+
+def test_a_schedule_that_follows_the_length_says_so(source, tiny_dir, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = [f"model.path={tiny_dir}", f"data.path={source}", f"out={out}", "eval=[]", *WORDS, "schedule=linear"]
+    ftrun.run("train", "lora_sft", [*words, "train.max_steps=1"])
+    ftrun.run(
+        "train", "lora_sft", [f"resume={out}", *words[:2], "eval=[]", *WORDS, "schedule=linear", "train.max_steps=2"]
+    )
+    assert (
+        "schedule=linear now follows the new length: the rates so far were those of 1 steps" in capsys.readouterr().err
+    )
+
+
+def test_a_selection_is_trained_on_and_made_again(source, tiny_dir, tmp_path):
+    """resume= of a selection alone: select does it again, train goes on with it; of several recipes too."""
+    out, both = tmp_path / "run", tmp_path / "both"
+    words = [f"model.path={tiny_dir}", f"data.path={source}", "budget=4", *WORDS]
+    ftrun.run("select", "random", [f"out={out}", *words])
+    assert cli.entry(["select", f"resume={out}"]) == 0
+    assert ftrun.run("train", overrides=[f"resume={out}", "eval=[]"])["steps"] == 4
+    assert cli.entry(["select", "recipe=random,longest", f"out={both}", *words]) == 0
+    assert cli.entry(["select", f"resume={both}"]) == 0
+    with pytest.raises(ConfigError, match="holds what random and longest selected, and no trained model"):
+        ftrun.run("train", overrides=[f"resume={both}"])
+
+
+@pytest.mark.parametrize("verb, words", [("eval", []), ("merge", []), ("generate", ["prompt=no"]), ("train", [])])
+def test_a_run_of_several_selections_has_no_model(verb, words, tmp_path):
+    (tmp_path / "config.yaml").write_text("recipe: random,longest\n")
+    with pytest.raises(ConfigError, match="holds what random and longest selected, and no trained model"):
+        ftrun.run(verb, overrides=[f"run={tmp_path}", *words])
