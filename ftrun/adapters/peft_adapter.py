@@ -68,7 +68,7 @@ class PeftAdapter(Adapter):
         source = folder / "adapter"
         saved = load_peft_weights(str(source), device="cpu")
         with user_errors(self), seeded(ctx.seed), settled_warnings():
-            config = PeftConfig.from_pretrained(source)
+            config = PeftConfig.from_pretrained(str(source))
             if config.is_prompt_learning:  # peft loads prompts for inference only
                 config.inference_mode = False
                 wrapped: Any = get_peft_model(model, config)

@@ -194,7 +194,7 @@ def _check_one_pool(methods: Sequence[Composed]) -> None:
 
 
 def _resumed(overrides: Sequence[str]) -> Path:
-    return run_folder(next(one.value() for one in parse(overrides) if one.key_or_group == "resume"), "resume")
+    return run_folder(str(next(one.value() for one in parse(overrides) if one.key_or_group == "resume")), "resume")
 
 
 def check_all(overrides: Sequence[str], verb: str | None = None, limit: int = 32) -> None:

@@ -27,11 +27,7 @@ def load_trained(run: Path, settings: Settings, device: torch.device, full_preci
 
     Raises ConfigError when the run has saved no model.
     """
-    if not (run / "adapter").is_dir() and not (run / "model").is_dir():
-        ended = "It only selected: train with `ftrun train`, and give the folder of that run."
-        if settings.stages != ["select"]:
-            ended = "The run did not finish: continue it with resume=."
-        raise ConfigError(f"{run} holds no trained model", f"run={run}", ended)
+    check_trained(run, settings)
     quant = build("quant", "none") if full_precision else settings.component("quant")
     bundle = load_bundle(
         settings.model, task=settings.task, quant=quant, device=device, labels=len(labels_of(run)) or None
@@ -41,6 +37,16 @@ def load_trained(run: Path, settings: Settings, device: torch.device, full_preci
     bundle.model = settings.component("adapter").load(bundle.model, run)
     bundle.model.eval()
     return bundle
+
+
+def check_trained(run: Path, settings: Settings) -> None:
+    """Raise ConfigError when the run has saved no model."""
+    if (run / "adapter").is_dir() or (run / "model").is_dir():
+        return
+    ended = f"The run did not finish: continue it with ftrun train resume={run}."
+    if settings.stages == ["select"]:
+        ended = "It only selected: train with `ftrun train`, and give the folder of that run."
+    raise ConfigError(f"{run} holds no trained model", f"run={run}", ended)
 
 
 def labels_of(run: Path) -> list[Any]:

@@ -19,9 +19,9 @@ from ftrun.reporting.terminal import evaluation_table, results_table
 from ftrun.runs.artifacts import RunLock, digest, new_run_folder, write_json
 from ftrun.stages.chain import Chain
 from ftrun.stages.evaluate import evaluate as run_evaluators
-from ftrun.stages.heldout import evaluated_rows, settle
+from ftrun.stages.heldout import SOURCE, evaluated_rows, settle
 from ftrun.stages.recorded import holds_work
-from ftrun.stages.trained import labels_of, load_trained, plain_context
+from ftrun.stages.trained import check_trained, labels_of, load_trained, plain_context
 from ftrun.training.context import Context
 from ftrun.training.signals import StopSignals
 
@@ -62,12 +62,13 @@ def _evaluate_model(settings: Settings, named: Collection[str]) -> dict[str, Any
 
 def _evaluate_run(settings: Settings, named: Collection[str]) -> dict[str, Any]:
     run, own = load_settings(settings.run)
+    check_trained(run, own)
     ctx = plain_context(settings, run)
     with RunLock(Path(settings.out) if settings.out else run), StopSignals() as signals:
         chain = Chain(ctx, Composed(settings, None), [], signals)
         rows = evaluated_rows(settings, own, named, chain.rows.work, ctx)
         chain.rows.load_for_evaluation(rows, labels_of(run))
-        ctx.evaluates_in, beside = _place(run, settings, own, ctx)
+        ctx.evaluates_in, beside = _place(run, settings, own, named, ctx)
         ctx.bundle = load_trained(run, settings, ctx.team.device)
         metrics = run_evaluators(ctx, "final", beside)
         if ctx.evaluates_in == "eval":
@@ -80,7 +81,7 @@ def _evaluate_run(settings: Settings, named: Collection[str]) -> dict[str, Any]:
     return {"metrics": metrics, "out": str(out), "results": str(ctx.evaluation / "results.json")}
 
 
-def _place(run: Path, settings: Settings, own: Settings, ctx: Context) -> tuple[str, Results]:
+def _place(run: Path, settings: Settings, own: Settings, named: Collection[str], ctx: Context) -> tuple[str, Results]:
     """The folder for the results, below the run, and what is there of other evaluators: eval/ for the run's own rows
     and settings, else a folder beside its own results, one for each set of rows and settings."""
     if settings.out:
@@ -91,8 +92,7 @@ def _place(run: Path, settings: Settings, own: Settings, ctx: Context) -> tuple[
         return "eval", found
     sections = {section: mine[section] for section in DECIDING if section != "data"}
     of = digest([sections, rows_digest(ctx)])
-    named = settings.data.heldout_path or settings.data.path
-    source = named if named != (own.data.heldout_path or own.data.path) else "other"
+    source = (settings.data.heldout_path or settings.data.path) if keys.names(named, *SOURCE) else "other"
     stem = re.sub(r"[^\w.-]+", "_", Path(str(source)).name.partition(".")[0]) or "other"
     for name in (f"eval/{stem}-{of[:8]}", f"eval/{stem}-{digest([of, now])[:8]}"):
         found = _results(run / name)
