@@ -22,7 +22,7 @@ METRICS = 4  # columns of the table that show metrics
 class Sweep:
     """What a sweep's jobs share. A launcher may run them in other processes, so each leaves a file in ``records``."""
 
-    said: tuple[str, ...]  # the overrides that all jobs share
+    said: tuple[str, ...]  # the keys whose values all jobs share
     out: str | None  # the folder that was named for all of them
     records: Path
 
@@ -38,7 +38,7 @@ class Sweep:
             raise ConfigError(f"{out} already holds runs", f"out={out}", "Choose another folder with out=DIR.")
         folder = Path(out) if out else Path("runs")
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        return cls(tuple(str(one.input_line) for one in shared), out, (folder / ".sweeps" / stamp).resolve())
+        return cls(tuple(one.key_or_group for one in shared), out, (folder / ".sweeps" / stamp).resolve())
 
     def place(self, settings: Settings, number: int) -> None:
         """Give job ``number`` its folder below the one that was named for all."""
@@ -53,7 +53,7 @@ class Sweep:
         metrics = {name: values for name, values in (found.get("metrics") or {}).items() if name != "before"}
         entry = {
             "job": number,
-            "changes": [word for word in words if word not in self.said],
+            "changes": [word for word in words if word.partition("=")[0].lstrip("+") not in self.said],
             "status": "done" if error is None else "failed",
             "exit_code": error.exit_code if error else 0,
             "final_loss": found.get("final_loss"),
@@ -88,14 +88,18 @@ def _print(entries: Sequence[dict[str, Any]]) -> None:
             entry["status"],
             _number(entry["final_loss"]),
             *(_number(entry["metrics"].get(name, {}).get(metric)) for name, metric in shown),
-            entry.get("error") or entry["out"] or "",
+            entry["out"] or "",
         ]
         for entry in entries
     ]
     heads = ["job", "", "status", "final loss", *(f"{name} {metric}".replace("_", " ") for name, metric in shown), ""]
     failed = sum(entry["exit_code"] != 0 for entry in entries)
     title = f"sweep: {len(entries)} job{'s' * (len(entries) != 1)}" + (f", {failed} failed" if failed else "")
-    Reporter().table(title, heads, rows)
+    report = Reporter()
+    report.table(title, heads, rows)
+    for entry in entries:
+        if "error" in entry:
+            report.note(f"job {entry['job']} failed: {entry['error']}")
 
 
 def _number(value: Any) -> str:
