@@ -122,12 +122,11 @@ def base_of(verb: str | None, overrides: Sequence[str]) -> tuple[Recipe | None, 
 
     That of ``run=`` or ``resume=``, where the command line names no recipe. Raises ConfigError when there is no such run.
     """
-    given = {one.key_or_group: one for one in parse(overrides) if not one.is_sweep_override()}
+    given = {one.key_or_group: one for one in keys.read(overrides) if not one.is_sweep_override()}
     key = "resume" if verb in ("train", "select") and "resume" in given else "run"
-    names_recipe = "recipe" in given or any(word.startswith("recipe=") for word in overrides)
     takes = key == "resume" or verb in (*keys.ON_RUN, "train", "plan", "preview")
     folder = given[key].value() if takes and key in given else None
-    if not folder or names_recipe:
+    if not folder or "recipe" in given:
         return None, None
     fresh = {group for group in GROUPS if group in given}  # chosen anew: the run's values for it go
     # which machine, which stages and which start are the matter of a command, not of the run that it works on
@@ -194,7 +193,7 @@ def _check_one_pool(methods: Sequence[Composed]) -> None:
 
 
 def _resumed(overrides: Sequence[str]) -> Path:
-    return run_folder(str(next(one.value() for one in parse(overrides) if one.key_or_group == "resume")), "resume")
+    return run_folder(str(next(one.value() for one in keys.read(overrides) if one.key_or_group == "resume")), "resume")
 
 
 def check_all(overrides: Sequence[str], verb: str | None = None, limit: int = 32) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from hydra.core.override_parser.types import Override
+
 from ftrun.config.explain import parse
 from ftrun.errors import ConfigError
 
@@ -60,9 +62,14 @@ ON_MODEL = {
 }
 
 
+def read(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's reading of an override each. Not of which recipe: a file of any name may be one."""
+    return parse(["recipe=one" if word.startswith("recipe=") else word for word in overrides])
+
+
 def named(overrides: Sequence[str]) -> set[str]:
     """The keys that a command line names. Raises ConfigError for an override that cannot be read."""
-    found = (override.key_or_group.replace("/", ".") for override in parse(overrides))
+    found = (override.key_or_group.replace("/", ".") for override in read(overrides))
     return {key for key in found if key.partition(".")[0] != "hydra"}
 
 
@@ -78,7 +85,7 @@ def check_read(verb: str, overrides: Sequence[str]) -> None:
     reads = (ON_RUN if on_run else ON_MODEL).get(verb)
     if reads is None:
         return
-    for override in parse(overrides):
+    for override in read(overrides):
         key = override.key_or_group.replace("/", ".")
         todo = reads.refusal(key) if key in keys else None
         if todo is not None:

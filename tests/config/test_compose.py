@@ -256,3 +256,10 @@ def test_settings_read_as_the_command_line_spells_them() -> None:
     assert plain["select"]["name"] == "superfiltering" and plain["select"]["model"] == {"path": "small"}
     assert plain["select"]["picker"]["name"] == "own" and plain["adapter"]["r"] == 64
     assert plain["eval"]["heldout"] and plain["budget"] == 0.25
+
+
+def test_a_recipe_file_in_a_folder_of_any_name(mine: Path, tmp_path: Path) -> None:
+    """Which keys a verb reads is found out without reading the path as Hydra would."""
+    folder = tmp_path / "josé's (first)"
+    folder.mkdir()
+    assert load([f"recipe={mine.rename(folder / mine.name)}"], "train").settings.recipe == mine.stem
