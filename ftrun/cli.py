@@ -263,8 +263,12 @@ def _through_hydra(line: CommandLine) -> int:
     from omegaconf import DictConfig
 
     from ftrun.config import compose
+    from ftrun.verbs.sweep import Sweep
 
     failed: list[int] = []
+    base, _ = compose.base_of(line.verb, line.overrides)
+    prepared = compose.prepare(line.overrides, base)
+    sweep = Sweep.of(prepared) if line.sweep else None
 
     @hydra.main(version_base=None, config_path=None, config_name=compose.ROOT)
     def job(config: DictConfig) -> float | None:
@@ -272,19 +276,30 @@ def _through_hydra(line: CommandLine) -> int:
         from omegaconf import OmegaConf
 
         state = HydraConfig.get()
-        overrides = list(state.overrides.task)
         choices: dict[str, Any] = OmegaConf.to_container(state.runtime.choices)  # type: ignore[assignment]
+        words = [word for word in state.overrides.task if not (base and word == f"recipe={base.name}")]
+        on_run = any(word.startswith(("run=", "resume=")) for word in words)  # its settings are the defaults
+        number = int(state.job.num) if sweep else 0
         try:
-            composed = compose.resolve(config, choices, overrides, line.verb)
-            result = execute(line.verb, composed, CommandLine(line.verb, overrides))
+            composed = (
+                compose.load(words, line.verb) if on_run else compose.resolve(config, choices, words, verb=line.verb)
+            )
+            if sweep:
+                sweep.place(composed.settings, number)
+            result = execute(line.verb, composed, CommandLine(line.verb, words))
         except Exception as error:
-            failed.append(say(error if isinstance(error, FtrunError) else unexpected(error)))
+            known = error if isinstance(error, FtrunError) else unexpected(error)
+            failed.append(say(known))
+            if sweep:
+                sweep.record(number, words, None, known)
             if failed[-1] in (130, 143):
                 raise KeyboardInterrupt from error
             return None
+        if sweep:
+            sweep.record(number, words, result)
         _print_result(line, result)
         return (result or {}).get("final_loss")
 
-    sys.argv = ["ftrun", *line.hydra_flags, *compose.prepare(line.overrides)]
+    sys.argv = ["ftrun", *line.hydra_flags, *prepared]
     job()
-    return failed[0] if failed else 0
+    return sweep.finish() if sweep else failed[0] if failed else 0

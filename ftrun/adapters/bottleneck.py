@@ -92,6 +92,9 @@ class Bottleneck(Adapter):
                 parameter.copy_(saved[name])
         return model
 
+    def go_on(self, model: nn.Module, ctx: Context, folder: Path) -> nn.Module:
+        return self.load(model, folder)
+
     def merge(self, model: nn.Module) -> nn.Module:
         raise ComponentError(
             "adapter=bottleneck cannot be merged: it is not a change of the weights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from ftrun.errors import ComponentError, ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torch import nn
+    from torch import Tensor, nn
 
     from ftrun.training.context import Context
 
@@ -63,8 +64,38 @@ class PeftAdapter(Adapter):
     def after_wrap(self, model: nn.Module, ctx: Context) -> None:
         """Finish the peft model: initialise, remember, hook."""
 
+    def go_on(self, model: Any, ctx: Context, folder: Path) -> nn.Module:
+        from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+        from peft.utils.save_and_load import load_peft_weights
+
+        source = folder / "adapter"
+        saved = load_peft_weights(str(source), device="cpu")
+        with user_errors(self), seeded(ctx.seed), settled_warnings():
+            config = PeftConfig.from_pretrained(str(source))
+            if config.is_prompt_learning:  # peft loads prompts for inference only
+                config.inference_mode = False
+                wrapped: Any = get_peft_model(model, config)
+                put_in = functools.partial(set_peft_model_state_dict, wrapped, saved)
+            else:
+                put_in = functools.partial(PeftModel.from_pretrained, model, source, is_trainable=True)
+            try:
+                loaded = put_in()
+            except RuntimeError as error:
+                what = "the adapter does not fit this model"
+                if config.is_prompt_learning:
+                    what = f"{source} holds the trained prompts, not the network that made them"
+                raise ConfigError(what, f"run={folder}", " ".join(str(error).split())[:300]) from error
+            wrapped = wrapped if config.is_prompt_learning else loaded
+        have = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        if odd := sorted(saved.keys() ^ have.keys()):
+            raise ConfigError("the adapter does not belong to this model", f"{source}: {', '.join(odd[:3])}")
+        name_base(wrapped.peft_config["default"], model)
+        self._begun = {name: p.detach().clone() for name, p in wrapped.named_parameters() if p.requires_grad}
+        return wrapped
+
     def disabled(self, model: Any) -> AbstractContextManager[None] | None:
-        return model.disable_adapter()
+        begun = getattr(self, "_begun", None)
+        return put_back(model, begun) if begun is not None else model.disable_adapter()
 
     def save(self, model: Any, folder: Path) -> Path:
         # False: with "auto" peft asks the hub for the base's vocabulary
@@ -98,6 +129,21 @@ class PeftAdapter(Adapter):
             raise ComponentError(
                 f"peft cannot merge this adapter: {error}", todo="Load adapter/ with peft instead."
             ) from error
+
+
+@contextmanager
+def put_back(model: nn.Module, start: dict[str, Tensor]) -> Iterator[None]:
+    """Trained parameters hold their starting values inside."""
+    changed = [
+        (parameter, parameter.data, start[name]) for name, parameter in model.named_parameters() if name in start
+    ]
+    for parameter, _, before in changed:
+        parameter.data = before
+    try:
+        yield
+    finally:
+        for parameter, trained, _ in changed:
+            parameter.data = trained
 
 
 @contextmanager

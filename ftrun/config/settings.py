@@ -124,7 +124,7 @@ class RootConfig:
     stages: list[Literal["select", "train", "eval"]] = field(
         default_factory=lambda: ["select", "train", "eval"]
     )  # stages to run
-    run: str | None = None  # run folder to evaluate, merge or try
+    run: str | None = None  # run folder to evaluate, merge or try, or to train on from
     prompt: str | None = None  # text for `ftrun generate`
 
 

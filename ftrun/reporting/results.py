@@ -76,7 +76,7 @@ def _delta(change: Change) -> Markup:
 
 def predictions_section(run: Run) -> Markup | None:
     """A few rows of every evaluator, those that changed first."""
-    before = run.predictions(before=True)
+    before = run.earlier
     parts = []
     for evaluator, rows in run.predictions().items():
         earlier = before.get(evaluator, [])

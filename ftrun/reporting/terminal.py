@@ -44,6 +44,14 @@ def results_table(run: Path, report: Reporter) -> None:
     report.show(final_table(run))
 
 
+def evaluation_table(run: Path, folder: str, report: Reporter) -> None:
+    """Say what an evaluation beside a run's own gave; ``folder``: where its results lie, below ``run``."""
+    found = Run(Path(run), evaluated_in=folder)
+    parts: list[RenderableType] = [Text(""), _table(found.changes), Text("")] if found.changes else []
+    place = Text.assemble(("results  ", "dim"), (str(found.path / folder / "results.json"), "bold"))
+    report.show(Group(*parts, place))
+
+
 def _table(found: Sequence[Change]) -> Table:
     compared = any(change.before and change.after for change in found)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))

@@ -63,15 +63,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.settings = self.ctx.settings.train
         self.team = self.ctx.team
-        self.plan = Plan.of(
-            len(self.table),
-            self.settings.batch_size,
-            self.settings.epochs,
-            self.settings.max_steps,
-            self.ctx.seed,
-            self.tokens.order(self.table),
-            self.ctx.begin,
-        )
+        self.plan = self.planned(self.settings.epochs, self.settings.max_steps)
         self.folder = self.ctx.out / "train"
         apart = not (self.objective.packs and self.tokens.packs)
         joins = not apart and packs_for_free(self.bundle.model, self.bundle.architecture)
@@ -91,6 +83,13 @@ class Trainer:
                 f"{self.team.world_size} processes cannot share a step of {self.settings.batch_size} rows",
                 todo="Raise train.batch_size.",
             )
+
+    def planned(self, epochs: float, max_steps: int | None) -> Plan:
+        """The rows of every step of a run of this length."""
+        order = self.tokens.order(self.table)
+        return Plan.of(
+            len(self.table), self.settings.batch_size, epochs, max_steps, self.ctx.seed, order, self.ctx.begin
+        )
 
     # ---- the whole run ----
 

@@ -20,6 +20,11 @@ CHAIN_VERBS = ("train", "select")
 
 def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool = False) -> dict[str, Any] | None:
     """Carry out ``verb``. Raises FtrunError."""
+    if verb in ("train", "plan", "preview"):
+        from ftrun.config import keys
+        from ftrun.config.ancestor import go_on
+
+        go_on(composed, keys.named(overrides))
     if verb in (*CHAIN_VERBS, "plan", "preview"):
         _check_parts(verb, composed)
     if verb in CHAIN_VERBS:
@@ -37,12 +42,15 @@ def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool
 
 
 def _check_parts(verb: str, composed: Composed) -> None:
-    """Let those components that look at the whole config do so, where they will be at work."""
-    at_work = slots_at_work(verb, composed.settings.stages)
+    """Let the components that will be at work look at the whole config."""
+    settings = composed.settings
+    at_work = slots_at_work(verb, settings.stages)
     for slot in ("adapter", "objective"):
-        if slot not in at_work:
-            continue
-        composed.settings.component(slot).check(composed.settings)
+        if slot in at_work:
+            settings.component(slot).check(settings)
+    for slot in settings.slots:  # each refuses knobs that it cannot work with
+        settings.component(slot)
+    settings.evaluators()
 
 
 def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -> dict[str, Any] | None:
@@ -61,7 +69,7 @@ def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -
     if verb == "merge":
         from ftrun.verbs.merge import merge
 
-        return merge(composed)
+        return merge(composed, overrides)
     if verb == "generate":
         from ftrun.verbs.generate import generate
 
@@ -92,9 +100,15 @@ def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str,
     from ftrun.training import launch
 
     settings = composed.settings
-    if settings.recipe is None and settings.choice("select") == "none" and verb == "select":
+    if verb == "train" and settings.resume and settings.stages == ["select"]:
+        from ftrun.config import keys
+        from ftrun.config.settings import RootConfig
+
+        if not keys.names(keys.named(overrides), "stages"):
+            settings.stages = RootConfig().stages  # the selection of `ftrun select` is trained on
+    if settings.recipe is None and not settings.resume and settings.choice("select") == "none" and verb == "select":
         raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
-    if settings.recipe is None and verb == "train":
+    if settings.recipe is None and verb == "train" and not (settings.resume or settings.run):
         raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
     if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
         return _run_processes(verb, settings, overrides)

@@ -18,6 +18,7 @@ from ftrun.data.pool import load_pool
 from ftrun.models.architecture import Architecture, describe
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_tokenizer, meta_model, resolve_dtype
+from ftrun.runs.artifacts import write_json
 from ftrun.runs.memory import available_bytes
 from ftrun.select.base import PlannedTraining
 from ftrun.select.order import picker_of
@@ -38,7 +39,7 @@ class Stage:
 
 
 def plan(composed: Composed) -> dict[str, Any]:
-    """Print the estimate as tables and return it. Nothing is loaded but the rows and the tokenizer."""
+    """Print the estimate as tables and return it, as plan.json in ``out`` too. Only rows and tokenizer are loaded."""
     settings = composed.settings
     ctx = plain_context(settings, Path("."))
     chain = Chain(ctx, composed, [], StopSignals())
@@ -52,15 +53,16 @@ def plan(composed: Composed) -> dict[str, Any]:
     trainable = _trainable(settings, model, architecture, ctx)
     pieces = len(table) / len(prepared.kept)
     stages = _stages(settings, lengths, pieces, total, trainable, embedding, architecture, ctx.team.device)
+    stages = [stage for stage in stages if stage.name.split()[0] in settings.stages]
     speed = _matmul_speed(ctx.team.device)
     _print(ctx.report, settings, total, trainable, stages, speed)
     for note in composed.notes:
         ctx.report.note(note)
     available = available_bytes(ctx.team.device)
-    need = max(stage.memory for stage in stages)
+    need = max((stage.memory for stage in stages), default=0.0)
     if short := estimate.shortage(need, available):
         ctx.report.warn(short)
-    return {
+    found = {
         "total_parameters": total,
         "trainable_parameters": trainable,
         "rows": len(prepared.kept),
@@ -72,6 +74,9 @@ def plan(composed: Composed) -> dict[str, Any]:
             for stage in stages
         },
     }
+    if settings.out:
+        write_json(Path(settings.out) / "plan.json", found)
+    return found
 
 
 def _trainable(settings: Settings, model: torch.nn.Module, architecture: Architecture, ctx: Any) -> int:

@@ -1,35 +1,18 @@
-"""A LoRA that does not start at zero: going back to its start, and saving only what was learned since."""
+"""A LoRA that does not start at zero: saving only what was learned since."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftrun.adapters.peft_adapter import name_base
-
-
-@contextmanager
-def put_back(model: nn.Module, start: dict[str, Tensor]) -> Iterator[None]:
-    """Trained parameters hold their starting values inside."""
-    changed = [
-        (parameter, parameter.data, start[name]) for name, parameter in model.named_parameters() if name in start
-    ]
-    for parameter, _, before in changed:
-        parameter.data = before
-    try:
-        yield
-    finally:
-        for parameter, trained, _ in changed:
-            parameter.data = trained
 
 
 def save_difference(model: Any, start: dict[str, Tensor], folder: Path) -> Path:
