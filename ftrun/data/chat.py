@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from ftrun.data.literals import Literals
 from ftrun.data.meanings import THOUGHTS
 from ftrun.data.records import Message
+from ftrun.data.turns import from_json
 from ftrun.errors import ConfigError, DataError
 
 WAY_OUT = "Give one with model.template=chatml|alpaca|plain, or model.template=FILE.jinja."
@@ -156,7 +157,7 @@ class Conversation:
         """Raise DataError for anything that the rendered text leaves out.
 
         Looked for is each turn in the whole text, and what is trained in the text of its own turn, ``answers`` by place.
-        Templates may drop the thoughts of earlier answers, which are not trained.
+        Earlier answers that are not trained are the template's to rewrite: it does the same when the model is used.
         """
         for tool in self.tools:
             name = str(tool["function"]["name"])
@@ -167,9 +168,9 @@ class Conversation:
                     "Give a template that takes tools with model.template, or leave the column out with data.ignore=[tools].",
                 )
         for at, turn in enumerate(self.turns):
-            own = answers.get(at)
-            for part in _parts(turn, own is not None):
-                if not _holds(whole if own is None else own, part):
+            own = answers.get(at) if turn["role"] == "assistant" else whole
+            for part in _parts(turn) if own is not None else ():
+                if not _holds(own, part):
                     shown = self.template.literals.show(part.strip())
                     raise DataError(
                         f"the chat template leaves out what turn {at + 1} ({turn['role']}) says: "
@@ -186,16 +187,14 @@ def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
     return call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
-def _parts(turn: dict[str, Any], trained: bool) -> Iterator[str]:
+def _parts(turn: dict[str, Any]) -> Iterator[str]:
     """What the text of a turn must hold, in parts between which a template may write what it likes."""
-    said = str(turn["content"] or "").replace("<think>", "</think>").split("</think>")
-    yield from said if trained or turn["role"] != "assistant" else said[-1:]
-    if trained:
-        yield from (turn[key] for key in THOUGHTS if key in turn)
+    yield from str(turn["content"] or "").replace("<think>", "</think>").split("</think>")
+    yield from (turn[key] for key in THOUGHTS if key in turn)
     for call in turn.get("tool_calls", ()):
         yield call["function"]["name"]
         arguments = call["function"]["arguments"]
-        yield from _leaves(arguments if isinstance(arguments, dict) else {})
+        yield from _leaves(from_json(arguments))
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -188,7 +189,7 @@ class _Preflight:
         return self._check(record, where, sequences)
 
     def _leave_out(self, id: int, error: DataError) -> None:
-        self.unfit.setdefault(error.what.removeprefix(f"row {id} "), []).append(id)
+        self.unfit.setdefault(re.sub(r"^row \d+ (of \S+ )?", "", error.what), []).append(id)
 
     def _refuse_none_fits(self, rows: int) -> None:
         if not rows and self.unfit and not self.dropped:
