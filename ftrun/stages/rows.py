@@ -31,6 +31,7 @@ ADVICE = {
     "pairs": "recipe=dpo (objective=dpo)",
     "labels": "recipe=classify_lora (task=classify)",
     "prompts": "a format with responses",
+    "binary": "rows without the column label (or kto_tag), such as the wanted ones alone, or data.ignore=[label] to train on all",
 }
 
 
