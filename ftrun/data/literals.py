@@ -13,6 +13,7 @@ from typing import Any
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # Unicode keeps them for a program's own use: no text holds them
 HIDDEN = re.compile(f"{OPEN}([0-9]+){CLOSE}")
+CONTROL = -1  # stands for a control token among ids
 MARKED = re.compile(r"<\|.+\|>")  # how control tokens look where a tokenizer does not say that they are special
 
 
@@ -66,25 +67,33 @@ class Literals:
         """Ids of a text in which some are hidden. Raises Unspellable."""
         plain = HIDDEN.sub("x", text)
         whole = self.tokenizer(plain, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-        if self._piecewise(plain) != list(whole):  # the tokens of this text depend on what stands around them
+        found = self._piecewise(text) if self._piecewise(plain) == list(whole) else None
+        if found is None:  # the tokens of a piece depend on what stands around it, or a piece has control tokens
             raise Unspellable(" ".join(sorted(self.named(text))))
-        return self._piecewise(text)
+        return found
 
-    def _piecewise(self, text: str) -> list[int]:
+    def _piecewise(self, text: str) -> list[int] | None:
+        """Ids of the pieces between control tokens, each tokenised by itself; None where that makes control tokens."""
         found: list[int] = []
+        controls: list[int] = []
         at = 0
         for control in self._written.finditer(text):
             if control[0] == OPEN:
                 continue
-            found += [*self._as_text(text[at : control.start()]), self._ids[control[0]]]
+            found += [*self._as_text(text[at : control.start()]), CONTROL]
+            controls.append(self._ids[control[0]])
             at = control.end()
-        return [*found, *self._as_text(text[at:])]
+        found += self._as_text(text[at:])
+        if not self._reserved.isdisjoint(found):
+            return None
+        rest = iter(controls)
+        return [next(rest) if id == CONTROL else id for id in found]
+
+    @cached_property
+    def _reserved(self) -> set[int]:
+        """Ids that no text may have; the one for unknown words is not among them."""
+        return set(self._ids.values()) - {self.tokenizer.unk_token_id}
 
     def _as_text(self, text: str) -> list[int]:
-        if not text:
-            return []
         cut: dict[str, Any] = {"truncation": False, "verbose": False, "split_special_tokens": True}
-        ids = self.tokenizer(self.show(text), add_special_tokens=False, **cut)["input_ids"]
-        if not set(ids).isdisjoint(self._ids.values()):
-            raise Unspellable(" ".join(sorted(self.named(text))))
-        return list(ids)
+        return list(self.tokenizer(self.show(text), add_special_tokens=False, **cut)["input_ids"]) if text else []

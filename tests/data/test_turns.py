@@ -144,7 +144,12 @@ def test_every_listed_key_says_what_becomes_of_it():
         {"content": "4", "reasoning": "two"},
         {"content": "4", "thinking": "two", "reasoning": "two", "reasoning_content": ""},
         {"content": [{"type": "thinking", "thinking": "two"}, {"type": "text", "text": "4"}]},
-        {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "two"}]}, {"type": "text", "text": "4"}]},
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "two"}]},
+                {"type": "text", "text": "4"},
+            ]
+        },
         {"content": [{"type": "reasoning", "text": "two"}, {"type": "output_text", "text": "4"}]},
     ],
 )
@@ -158,7 +163,9 @@ def test_thoughts_that_contradict():
     with pytest.raises(DataError, match="two different thoughts"):
         record(chat({"reasoning": "a", "thinking": "b"}))
     with pytest.raises(DataError, match="the user speaks"):
-        record({"messages": [{"role": "user", "content": "q", "reasoning": "r"}, {"role": "assistant", "content": "a"}]})
+        record(
+            {"messages": [{"role": "user", "content": "q", "reasoning": "r"}, {"role": "assistant", "content": "a"}]}
+        )
 
 
 # ---- calls ----
@@ -283,11 +290,16 @@ ASKED = {"role": "user", "content": "q"}
 )
 def test_pairs_in_other_layouts(row):
     result = record(row)
-    assert (result.kind, result.messages, result.chosen, result.rejected) == ("pairs", (U("q"),), (A("good"),), (A("bad"),))
+    assert (result.kind, result.messages, result.chosen, result.rejected) == (
+        "pairs",
+        (U("q"),),
+        (A("good"),),
+        (A("bad"),),
+    )
 
 
 def test_equal_answers_make_no_pair():
-    with pytest.raises(DataError, match="row 0 .* equals the rejected one"):
+    with pytest.raises(DataError, match=r"row 0 .* equals the rejected one"):
         record({"prompt": "q", "chosen": "a", "rejected": "a"})
 
 
