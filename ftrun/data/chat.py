@@ -169,7 +169,9 @@ class Conversation:
                 )
         for at, turn in enumerate(self.turns):
             own = answers.get(at) if turn["role"] == "assistant" else whole
-            for part in _parts(turn) if own is not None else ():
+            if own is None:
+                continue
+            for part in _parts(turn):
                 if not _holds(own, part):
                     shown = self.template.literals.show(part.strip())
                     raise DataError(

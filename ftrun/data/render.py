@@ -135,6 +135,8 @@ class Renderer:
         """Tokens after which the model is to write the record's response; what it was trained on, cut before the response."""
         messages = record.prompt if record.kind in ("sft", "binary") else record.messages
         segments = self._conversation(record, list(messages), [0.0] * len(messages), where, generate=True)
+        if _hides(segments):
+            self._refuse_unspellable(record, segments, where)
         return [token for part in self._encoder.encode([segments])[0] for token in part]
 
     @cached_property

@@ -31,7 +31,7 @@ ADVICE = {
     "pairs": "recipe=dpo (objective=dpo)",
     "labels": "recipe=classify_lora (task=classify)",
     "prompts": "a format with responses",
-    "binary": "rows without the column label (or kto_tag), such as the wanted ones alone, or data.ignore=[label] to train on all",
+    "binary": "the wanted rows alone, without their label, or data.ignore=[label,kto_tag] to train on all",
 }
 
 
