@@ -74,6 +74,21 @@ def make_tokenizer(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    """A folder with the tokenizer of `tiny_dir` alone: made without torch."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory) -> Path:
     """A folder with a random 2-layer Llama (width 32) and a tokenizer with a ChatML template."""
     import torch

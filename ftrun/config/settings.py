@@ -38,6 +38,7 @@ class DataConfig:
         "classification",
     ] = "auto"  # layout of the rows
     columns: dict[str, str] = field(default_factory=dict)  # rename columns: {instruction: question, output: answer}
+    ignore: list[str] = field(default_factory=list)  # columns that mean nothing here: [tools, weight]
     weights: list[float] | None = None  # one a source of a mixture; rows are repeated or left out
     split: str = "train"  # split of a hub data set
     heldout: float = 0.05  # share of rows kept for evaluation, by content hash, at least one; 0: none

@@ -30,6 +30,7 @@ ADVICE = {
     "pairs": "recipe=dpo (objective=dpo)",
     "labels": "recipe=classify_lora (task=classify)",
     "prompts": "a format with responses",
+    "binary": "the wanted rows alone, without their label, or data.ignore=[label,kto_tag] to train on all",
 }
 
 
