@@ -37,10 +37,13 @@ def widen(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad = None
 
 
-def mix(bundle: Bundle) -> None:
-    """Have the model compute its products in ``bundle.dtype`` where some of its weights are wider; may be called again."""
+def mix(bundle: Bundle, others: Iterable[nn.Parameter] = ()) -> None:
+    """Have the model compute its products in ``bundle.dtype`` where some of its weights are wider; may be called again.
+
+    ``others``: parameters outside of the model that work on its states.
+    """
     base = unwrap(bundle.model)
-    wide = any(p.dtype == torch.float32 for p in bundle.model.parameters())
+    wide = any(p.dtype == torch.float32 for p in (*bundle.model.parameters(), *others))
     if bundle.dtype in NARROW and wide:
         _set(_parts(base, bundle.architecture.backbone), bundle.dtype)
 

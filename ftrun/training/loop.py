@@ -28,7 +28,6 @@ from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError, DataError, Interrupted, Preempted
 from ftrun.models.bundle import Bundle
 from ftrun.models.fast import packs_for_free
-from ftrun.models.precision import products
 from ftrun.runs import memory
 from ftrun.runs.artifacts import strict
 from ftrun.schedules.base import Schedule
@@ -36,7 +35,7 @@ from ftrun.training import checkpoint, weightlog
 from ftrun.training.checkpoint import Progress
 from ftrun.training.context import Context
 from ftrun.training.gradients import backward
-from ftrun.training.parts import Attached, Loss, Minimised, Weighing
+from ftrun.training.parts import Attached, Minimised, Weighing
 from ftrun.training.precision import settle_precision
 from ftrun.training.signals import StopSignals
 from ftrun.training.view import StepView
@@ -191,29 +190,24 @@ class Trainer:
     def _backward(self, batches: list[Batch], count: float, counts: dict[str, float]) -> dict[str, float]:
         """Forward and backward of all micro-batches; sums of the loss and its parts on this process."""
         views = self._views(batches, counts)
-        with products(self.bundle.model):
-            statistics = self._statistics(views) if self.tokens.whole_step else None
+        statistics = self._statistics(views) if self.tokens.whole_step else None
         sums: dict[str, float] = {"loss": 0.0}
         if self.tokens.dynamic:
             self.weight_log.clear()
         while views:
             view = views.pop(0)  # its graph is freed with it
-            with products(self.bundle.model):
-                loss = self._loss(view, statistics)
+            if self.tokens.dynamic:
+                view.step_statistics = statistics
+                _ = view.token_nll  # made with its graph, before gradients are switched off
+                with torch.no_grad():
+                    view.factors = self.tokens.weigh(view)
+                self.weight_log.add(view.batch, view.factors.float().cpu().numpy())
+            loss = self.objective.loss(view)
             backward(loss.value / count)
             for name, part in {"loss": loss.value, **loss.parts, **view.parts}.items():
                 sums[name] = sums.get(name, 0.0) + float(part.detach())
             self._bar.advance(0)  # a long step still shows that it lives
         return sums
-
-    def _loss(self, view: StepView, statistics: Tensor | None) -> Loss:
-        if self.tokens.dynamic:
-            view.step_statistics = statistics
-            _ = view.token_nll  # made with its graph, before gradients are switched off
-            with torch.no_grad():
-                view.factors = self.tokens.weigh(view)
-            self.weight_log.add(view.batch, view.factors.float().cpu().numpy())
-        return self.objective.loss(view)
 
     def _views(self, batches: list[Batch], counts: dict[str, float]) -> list[StepView]:
         seed = (self.ctx.seed, self.progress.step)
@@ -255,7 +249,7 @@ class Trainer:
         batches = self._my_batches(0)
         views = self._views(batches, self._counts(batches))
         found: dict[int, Tensor] = {}
-        with torch.no_grad(), products(self.bundle.model):
+        with torch.no_grad():
             statistics = self._statistics(views) if self.tokens.whole_step else None
             for view in views:
                 view.step_statistics = statistics

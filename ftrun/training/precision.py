@@ -28,7 +28,7 @@ def settle_precision(bundle: Bundle, parameters: dict[str, nn.Parameter], pure: 
         )
     if not pure:
         widen(parameters.values())
-        mix(bundle)
+        mix(bundle, parameters.values())
         return
     if bundle.dtype != torch.bfloat16:
         raise ConfigError(
