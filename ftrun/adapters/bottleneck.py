@@ -15,6 +15,7 @@ from ftrun.adapters.base import Adapter
 from ftrun.adapters.peft_adapter import base_of, seeded
 from ftrun.errors import ComponentError, ConfigError
 from ftrun.models.architecture import Architecture, describe
+from ftrun.models.precision import widen
 from ftrun.registry import register
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Bottleneck(Adapter):
             raise ComponentError(
                 "the adapter does not belong to this model", f"{folder / 'adapter' / FILE}: {', '.join(odd)}"
             )
+        widen(parameters.values())  # the norms too: they trained in float32
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])

@@ -104,10 +104,18 @@ class PeftAdapter(Adapter):
         return folder / "adapter"
 
     def load(self, model: Any, folder: Path) -> nn.Module:
-        from peft import PeftModel
+        from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+
+        from ftrun.models.precision import NARROW, widen
 
         with settled_warnings():
-            return PeftModel.from_pretrained(model, folder / "adapter")
+            loaded = PeftModel.from_pretrained(model, folder / "adapter")
+        trained = ("modules_to_save", "trainable_tokens")  # copies of base weights: peft gives them the base's dtype
+        narrow = [p for name, p in loaded.named_parameters() if p.dtype in NARROW and any(t in name for t in trained)]
+        if narrow:
+            widen(narrow)
+            set_peft_model_state_dict(loaded, load_peft_weights(str(folder / "adapter"), device="cpu"))
+        return loaded
 
     def merge(self, model: Any) -> nn.Module:
         if not self.mergeable:

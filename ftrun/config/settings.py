@@ -16,7 +16,7 @@ from ftrun import registry
 class ModelConfig:
     path: str = "builtin:smollm2_135m"  # folder, hub id, .gguf file, or builtin:NAME
     revision: str | None = None  # branch, tag or commit on the hub
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on any CPU, bfloat16 on a GPU
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # attention implementation
     template: str | None = None  # chat template: a jinja file, or the name of a built-in one (chatml, alpaca, plain)
     trust_remote_code: bool = False  # run code that a hub repository carries; never on by itself
@@ -64,6 +64,7 @@ class TrainConfig:
         None  # join rows into full sequences, each attending only to itself; null: where that costs nothing
     )
     max_grad_norm: float | None = 1.0  # clip the gradient norm; null: no clipping
+    pure_bfloat16: bool = False  # what trains is bfloat16 too, not float32: less memory, and small updates are lost
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     log_steps: int = 1  # steps between two lines of metrics.jsonl
     save_steps: int | None = None  # steps between two checkpoints; null: only at the end and when stopped

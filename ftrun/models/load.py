@@ -25,7 +25,7 @@ from ftrun.models.fast import speed_up
 from ftrun.models.fingerprint import folder_fingerprint
 from ftrun.models.quiet import without_bars
 from ftrun.models.source import model_folder, origin, weight_files
-from ftrun.quant.base import Quant
+from ftrun.quant.base import Quant, keep_unpacked
 from ftrun.runs.memory import memory_guard
 
 Task = Literal["causal", "classify"]
@@ -75,6 +75,7 @@ def load_bundle(
     architecture = describe(loaded)
     _check_weights(report["missing_keys"], loaded, architecture.backbone, task, folder)
     _check_vocabulary(tokenizer, architecture.vocabulary, folder)
+    keep_unpacked(loaded)
     speed_up(loaded)
     return Bundle(
         model=loaded.eval(),
@@ -131,13 +132,12 @@ def resolved(model: ModelConfig, device: torch.device) -> dict[str, Any]:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device computes in it, else float32; on most CPUs bfloat16 is many times slower."""
+    """``auto`` is float32 on every CPU, so that numbers agree between machines; bfloat16 on a GPU that computes in it."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    fast = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if fast else torch.float32
+    return torch.float32
 
 
 def attention_for(config: Any, wanted: str, device: torch.device) -> str:

@@ -98,6 +98,8 @@ def _warn_of_large_steps(trainer: Trainer, ctx: Context, trainable: int) -> None
     need = estimate.training_bytes(
         ctx.settings, lengths, trainable, architecture.width, len(architecture.layers), ctx.team.device
     )
+    ever = sum(parameter.numel() for parameter in trainer.parameters.values())
+    need += estimate.narrowed_bytes(ctx.settings, ever, trainer.bundle.dtype)
     if short := estimate.shortage(need, free_memory(ctx)):
         ctx.report.warn(f"training may not fit: {short}")
 

@@ -13,6 +13,7 @@ from ftrun.data.render import apply_template
 from ftrun.errors import ConfigError
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_bundle
+from ftrun.models.precision import mix
 from ftrun.models.quiet import without_bars
 from ftrun.registry import build
 from ftrun.runs.artifacts import whole_folder
@@ -36,6 +37,7 @@ def load_trained(run: Path, settings: Settings, device: torch.device, full_preci
         apply_template(bundle.tokenizer, settings.model.template)
     bundle.model = settings.component("adapter").load(bundle.model, run)
     bundle.model.eval()
+    mix(bundle)
     return bundle
 
 

@@ -13,10 +13,7 @@ from ftrun.reporting import doctor as module
 from ftrun.reporting.doctor import Finding
 from ftrun.runs import cores
 
-
-def fake_torch(bf16: bool) -> SimpleNamespace:
-    mkldnn = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: bf16)
-    return SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False), ops=SimpleNamespace(mkldnn=mkldnn))
+CPU_ONLY = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
 
 
 def test_every_finding_that_is_not_ok_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +52,29 @@ def test_the_lock_is_compared(tmp_path: Path) -> None:
     assert module._package("no-such-package", None, "pip install it").todo == "pip install it"
 
 
-def test_bf16_depends_on_the_processor() -> None:
-    assert [finding.status for finding in module.bf16(fake_torch(True))] == ["ok"]
-    assert [finding.status for finding in module.bf16(fake_torch(False))] == ["slow"]
+@pytest.mark.parametrize(
+    ("speeds", "status", "words"),
+    [
+        ((1.6, 1.15), "ok", "pays for scoring and training"),
+        ((1.6, 0.9), "ok", "pays for scoring;"),
+        ((0.02, 0.06), "slow", "Leave model.dtype=auto"),
+    ],
+)
+def test_bf16_is_said_to_pay_where_it_was_measured_to(speeds, status, words, monkeypatch) -> None:
+    monkeypatch.setattr(module, "bf16_speed", lambda torch: speeds)
+    (finding,) = module.bf16(CPU_ONLY)
+    assert finding.status == status and words in finding.todo and "float32" in finding.why
+
+
+def test_the_measurement_takes_about_a_second() -> None:
+    import time
+
+    import torch
+
+    started = time.process_time()
+    scoring, training = module.bf16_speed(torch)
+    assert scoring > 0 and training > 0
+    assert time.process_time() - started < 8
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ftrun.config.settings import TrainConfig
 from ftrun.data.prepare import Prepared, prepare
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
+from ftrun.models.precision import products_of, set_products
 from ftrun.runs.artifacts import cache_dir, digest, is_whole
 from ftrun.runs.stagecache import key_of
 from ftrun.training.context import Context
@@ -115,7 +116,7 @@ class InnerTraining:
         key = self._key(table, base, ctx.seed)
         shards = ctx.scorer.shards or ctx.selection / "shards"
         inner = self._context(ctx, table, shards / f"training-{key}")
-        with _put_back(base.model, keep_weights=self.trains == "full"), _taken_off(inner):
+        with _put_back(base.model, base.architecture.backbone, keep_weights=self.trains == "full"), _taken_off(inner):
             with seeded(ctx.seed):
                 trainer = self._trainer(inner, table, title)
             start = 0
@@ -270,16 +271,19 @@ def by_content(table: TokenTable, salt: str = "") -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _put_back(model: nn.Module, keep_weights: bool) -> Iterator[None]:
+def _put_back(model: nn.Module, backbone: str, keep_weights: bool) -> Iterator[None]:
     """The model afterwards as before: what trains, its mode, and with ``keep_weights`` the weights themselves."""
     parameters = dict(model.named_parameters())
     trainable = {name: p.requires_grad for name, p in parameters.items()}
     # on the CPU: a second copy on the device may not fit beside the optimiser
     weights = {name: _copied(p) for name, p in parameters.items()} if keep_weights else {}
-    training = model.training
+    training, narrow, dtypes = model.training, products_of(model), {name: p.dtype for name, p in parameters.items()}
     try:
         yield
     finally:
+        set_products(model, backbone, narrow)
+        for name, parameter in parameters.items():
+            parameter.data = parameter.data.to(dtypes[name])  # widened to train
         with torch.no_grad():
             for name, saved in weights.items():
                 parameters[name].copy_(saved)
