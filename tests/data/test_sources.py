@@ -9,8 +9,8 @@ import socket
 
 import pytest
 
-from ftrun.data import hub, sources
 from ftrun.config.settings import DataConfig
+from ftrun.data import hub, sources
 from ftrun.data.builtin import names
 from ftrun.data.pool import load_pool, train_and_heldout
 from ftrun.data.verify import verifier
