@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftrun.reporting.changes import Change, Measured
+from ftrun.reporting.gain import gain
 from ftrun.reporting.run import Run
 from ftrun.runs import numbers
 
@@ -27,11 +28,13 @@ def before_after_table(run: Path) -> Table | None:
 
 
 def final_table(run: Path) -> RenderableType:
-    """What a run ends with: its table, what it took, and where the report is. For ``Reporter.show``."""
+    """What a run ends with: its table, what was gained and how, what it took, and where the report is. For ``Reporter.show``."""
     folder = Run(Path(run))
     parts: list[RenderableType] = [Text("")]
     if folder.changes:
         parts += [_table(folder.changes), Text("")]
+    if gained := gain(folder):
+        parts += [Text(gained), Text("")]
     if took := _took(folder):
         parts.append(Text(took, "dim"))
     if (folder.path / "report.html").exists():
