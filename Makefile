@@ -16,9 +16,9 @@ COUNT = awk '/^Collecting|^Requirement already/ { n++; printf "  [%3d] %s\n", n,
 	/^ *(Downloading|Using cached|Preparing|Building|Created wheel|Stored in|Found existing|Attempting|Uninstalling|Successfully)/ { next } \
 	{ print; fflush() }'
 
-DEMO := $(BIN)/ftrun train recipe=qlora_sft select=superfiltering budget=0.25 data.path=builtin:gsm_symbolic:80 data.heldout=0.2 \
-	'eval=[heldout,generation]' eval.generation.rows=8 eval.generation.max_new_tokens=128 train.max_steps=12 train.batch_size=4 \
-	train.gradient_checkpointing=false adapter.r=16 optim.learning_rate=1e-3
+DEMO := $(BIN)/ftrun train recipe=qlora_sft data=needle data.heldout=0.35 select=superfiltering budget=0.5 \
+	'eval=[heldout,generation]' eval.generation.rows=96 eval.generation.max_new_tokens=12 eval.generation.batch_size=32 \
+	train.max_steps=30 train.batch_size=4 train.gradient_checkpointing=false adapter.r=16 optim.learning_rate=1e-3
 
 setup: $(STAMP)
 

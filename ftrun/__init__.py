@@ -20,4 +20,4 @@ def run(verb: str, recipe: str | None = None, overrides: Sequence[str] = ()) -> 
     words = [normal_override(word) for word in overrides]
     if recipe:
         words.insert(0, f"recipe={recipe}")
-    return run_verb(verb, compose.load(words), words) or {}
+    return run_verb(verb, compose.load(words, verb), words) or {}

@@ -215,17 +215,17 @@ def dispatch(line: CommandLine) -> int:
     from ftrun.config import compose
 
     if line.sweep:
-        compose.check_all(line.overrides)
+        compose.check_all(line.overrides, line.verb)
         return _through_hydra(line)
     if line.hydra_flags:
-        compose.load(line.overrides)
+        compose.load(line.overrides, line.verb)
         return _through_hydra(line)
     if line.verb == "select" and len(compose.recipe_names(line.overrides)) > 1:
         from ftrun.verbs import run_together
 
         _print_result(line, run_together(compose.load_each(line.overrides), line.overrides))
         return 0
-    composed = compose.load(line.overrides)
+    composed = compose.load(line.overrides, line.verb)
     _print_result(line, execute(line.verb, composed, line))
     return 0
 
@@ -263,8 +263,12 @@ def _through_hydra(line: CommandLine) -> int:
     from omegaconf import DictConfig
 
     from ftrun.config import compose
+    from ftrun.verbs.sweep import Sweep
 
     failed: list[int] = []
+    base, _ = compose.base_of(line.verb, line.overrides)
+    prepared = compose.prepare(line.overrides, base)
+    sweep = Sweep.of(prepared) if line.sweep else None
 
     @hydra.main(version_base=None, config_path=None, config_name=compose.ROOT)
     def job(config: DictConfig) -> float | None:
@@ -272,18 +276,30 @@ def _through_hydra(line: CommandLine) -> int:
         from omegaconf import OmegaConf
 
         state = HydraConfig.get()
-        overrides = list(state.overrides.task)
         choices: dict[str, Any] = OmegaConf.to_container(state.runtime.choices)  # type: ignore[assignment]
+        words = [word for word in state.overrides.task if not (base and word == f"recipe={base.name}")]
+        on_run = any(word.startswith(("run=", "resume=")) for word in words)  # its settings are the defaults
+        number = int(state.job.num) if sweep else 0
         try:
-            result = execute(line.verb, compose.resolve(config, choices, overrides), CommandLine(line.verb, overrides))
+            composed = (
+                compose.load(words, line.verb) if on_run else compose.resolve(config, choices, words, verb=line.verb)
+            )
+            if sweep:
+                sweep.place(composed.settings, number)
+            result = execute(line.verb, composed, CommandLine(line.verb, words))
         except Exception as error:
-            failed.append(say(error if isinstance(error, FtrunError) else unexpected(error)))
+            known = error if isinstance(error, FtrunError) else unexpected(error)
+            failed.append(say(known))
+            if sweep:
+                sweep.record(number, words, None, known)
             if failed[-1] in (130, 143):
                 raise KeyboardInterrupt from error
             return None
+        if sweep:
+            sweep.record(number, words, result)
         _print_result(line, result)
         return (result or {}).get("final_loss")
 
-    sys.argv = ["ftrun", *line.hydra_flags, *compose.prepare(line.overrides)]
+    sys.argv = ["ftrun", *line.hydra_flags, *prepared]
     job()
-    return failed[0] if failed else 0
+    return sweep.finish() if sweep else failed[0] if failed else 0

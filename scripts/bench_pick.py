@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 
 PICKERS: dict[str, dict[str, Any]] = {
@@ -96,9 +96,7 @@ def pick(name: str, count: int, width: int, share: float) -> dict[str, Any]:
 def in_own_process(name: str, count: int, options: argparse.Namespace) -> dict[str, Any]:
     words = [sys.executable, __file__, "--worker", name, "--sizes", str(count)]
     words += ["--width", str(options.width), "--share", str(options.share)]
-    threads = str(options.threads)
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
-    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(words, env=machine.pinned(options.threads), stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -116,24 +114,29 @@ def main() -> None:
         print(json.dumps(pick(options.worker, options.sizes[0], options.width, options.share)))
         return
     facts: list[dict[str, Any]] = []
-    print(f"{'picker':<20}{'rows':>12}{'picked':>10}{'seconds':>10}{'ratio':>8}{'peak GB':>9}{'of it input':>13}")
+    ground = machine.facts(options.threads)
+    print(machine.header(ground), flush=True)
+    print(
+        f"{'picker':<20}{'rows':>12}{'picked':>10}{'seconds':>10}{'ratio':>8}{'peak GB':>9}{'of it input':>13}{'dtype, threads':>18}"
+    )
     for name in options.pickers:
         before: dict[str, Any] | None = None
         for count in sorted(options.sizes):
             found = in_own_process(name, count, options)
             found["ratio"] = found["seconds"] / before["seconds"] if before else None
             facts.append(found)
-            show(found)
+            show(found, ground)
             before = found
             if options.json:  # a long benchmark that is stopped keeps what it has
-                options.json.write_text(json.dumps({"threads": options.threads, "measured": facts}, indent=1))
+                options.json.write_text(json.dumps({"machine": ground, "measured": facts}, indent=1))
 
 
-def show(found: dict[str, Any]) -> None:
+def show(found: dict[str, Any], ground: dict[str, Any]) -> None:
     ratio = f"{found['ratio']:.1f}x" if found["ratio"] else ""
     print(
         f"{found['picker']:<20}{found['rows']:>12,}{found['picked']:>10,}{found['seconds']:>10.2f}{ratio:>8}"
-        f"{found['peak_bytes'] / 1e9:>9.2f}{found['input_bytes'] / 1e9:>13.2f}",
+        f"{found['peak_bytes'] / 1e9:>9.2f}{found['input_bytes'] / 1e9:>13.2f}"
+        f"{ground['dtype'] + ', ' + str(ground['threads']):>18}",
         flush=True,
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 
 ROWS = {"short": "builtin:demo_chat", "long": "builtin:gsm_symbolic:400"}
@@ -134,7 +134,7 @@ class Engine:
 
         self.folder, self.method, self.words = folder, method, words
         self.team, self.report = Team(LaunchConfig(threads=threads)), Reporter(rank=0)
-        self.bundle = load_bundle(ModelConfig(), task="causal", device=self.team.device)
+        self.bundle = load_bundle(ModelConfig(dtype=machine.DTYPE), task="causal", device=self.team.device)
 
     def scores(self, rows: list[dict[str, str]]) -> list[float]:
         from ftrun.config.compose import load
@@ -144,7 +144,9 @@ class Engine:
 
         file = self.folder / "chunk.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        settings = load([f"recipe={self.method}", f"data.path={file}", *self.words]).settings
+        settings = load(
+            [f"recipe={self.method}", f"data.path={file}", f"model.dtype={machine.DTYPE}", *self.words]
+        ).settings
         ctx = Context(settings, self.folder, self.team, self.report)
         ctx.scoring = Scoring(lambda: self.bundle, self.team, self.report, settings.select.batch_tokens)
         scorer = settings.component("select")
@@ -183,9 +185,10 @@ def select(file: Path, words: list[str], out: Path, options: argparse.Namespace)
     command = [sys.executable, "-m", "ftrun", "select", f"recipe={options.method}", f"data.path={file}", "budget=0.5"]
     if options.method == "tshirt":
         words = [*words, f"select.copies={options.copies}"]
-    command += [f"model.path={smollm2_135m()}"]
+    command += [f"model.path={smollm2_135m()}", f"model.dtype={machine.DTYPE}"]
+    words = [f"launch.threads={options.threads}", *words]  # of two the later counts
     # a cache of its own: otherwise the second variant would find the first one's scores
-    environment = os.environ | {"FTRUN_CACHE": str(out.with_suffix(".cache"))}
+    environment = machine.pinned(options.threads) | {"FTRUN_CACHE": str(out.with_suffix(".cache"))}
     with (out.with_suffix(".log")).open("w") as log:
         subprocess.run([*command, *words, f"out={out}"], env=environment, stdout=log, stderr=log, check=True)
     table = parquet.read_table(out / "selection/scores.parquet").to_pydict()
@@ -202,7 +205,7 @@ def in_own_process(file: Path, folder: Path, options: argparse.Namespace) -> dic
     folder.mkdir(exist_ok=True)
     words = [sys.executable, __file__, "--worker", "race", "--file", str(file), "--folder", str(folder)]
     words += ["--threads", str(options.threads), "--method", options.method, "--copies", str(options.copies)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    environment = machine.pinned(options.threads)
     subprocess.run(words, env=environment, check=True, stderr=subprocess.DEVNULL)
     return json.loads((folder / "race.json").read_text())
 
@@ -213,7 +216,6 @@ def compare(file: Path, folder: Path, options: argparse.Namespace) -> dict[str, 
     count = len(loop["scores"])
     facts: dict[str, Any] = {
         "rows": count,
-        "threads": options.threads,
         "loop_rows_per_s": count / loop["seconds"],
         "engine_rows_per_s": count / ours["seconds"],
         "speed_ratio": loop["seconds"] / ours["seconds"],
@@ -251,21 +253,23 @@ def main() -> None:
         file, folder = Path(options.file), Path(options.folder)
         (folder / "race.json").write_text(json.dumps(race(file, folder, options)))
         return
-    facts: dict[str, Any] = {"method": options.method}
+    ground = machine.facts(options.threads)
+    print(machine.header(ground), flush=True)
+    facts: dict[str, Any] = {"machine": ground, "method": options.method}
     with tempfile.TemporaryDirectory() as scratch:
         for kind, source in ROWS.items():
             folder = Path(scratch) / kind
             folder.mkdir()
             tokens = write_rows(folder / "rows.jsonl", source, options.rows)
             facts[kind] = {"tokens_per_row": tokens} | compare(folder / "rows.jsonl", folder, options)
-            show(kind, facts[kind])
+            show(kind, facts[kind], ground)
     if options.json:
         options.json.write_text(json.dumps(facts, indent=1))
 
 
-def show(kind: str, facts: dict[str, Any]) -> None:
+def show(kind: str, facts: dict[str, Any], ground: dict[str, Any]) -> None:
     print(
-        f"{kind} rows, {facts['tokens_per_row']:.0f} tokens each: plain loop {facts['loop_rows_per_s']:.2f} rows/s, "
+        f"{ground['dtype']}, {ground['threads']} threads: {kind} rows, {facts['tokens_per_row']:.0f} tokens each: plain loop {facts['loop_rows_per_s']:.2f} rows/s, "
         f"ftrun {facts['engine_rows_per_s']:.2f} rows/s: {facts['speed_ratio']:.2f}x"
     )
     print(f"  largest difference of a score: {facts['score_difference']:.1e}")

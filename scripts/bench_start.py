@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import machine
+
 COMMANDS = {
     "ftrun --help": ["--help"],
     "ftrun recipes": ["recipes"],
@@ -62,12 +64,14 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=5, help="runs of each command; the best counts")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
+    ground = machine.facts(machine.usable_cores(), None)
+    print(machine.header(ground), flush=True)
     lines = measure(options.times)
     for line in lines:
         heavy = "" if line["imported"] is None else f"imported: {', '.join(line['imported']) or 'nothing heavy'}"  # type: ignore[arg-type]
         print(f"{line['command']:26} {line['seconds']:6.2f} s  exit code {line['exit_code']}  {heavy}")
     if options.json:
-        options.json.write_text(json.dumps(lines, indent=1))
+        options.json.write_text(json.dumps({"machine": ground, "commands": lines}, indent=1))
 
 
 if __name__ == "__main__":

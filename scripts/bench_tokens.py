@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 
 BASELINE = "sft"
@@ -47,7 +48,7 @@ class Contender:
     seconds: list[float]
 
 
-def contenders(rows: Path, model: str, batch: int, names: list[str], folder: Path) -> list[Contender]:
+def contenders(rows: Path, model: str, batch: int, names: list[str], folder: Path, threads: int) -> list[Contender]:
     """A trainer a method."""
     from ftrun.config.compose import load
     from ftrun.data.pool import load_pool
@@ -59,6 +60,7 @@ def contenders(rows: Path, model: str, batch: int, names: list[str], folder: Pat
     for name in names:
         own = [word.format(model=model) for word in METHODS[name]]
         common = [f"data.path={rows}", f"model.path={model}", "data.heldout=0", f"train.batch_size={batch}"]
+        common += [f"model.dtype={machine.DTYPE}", f"launch.threads={threads}"]
         loras = ["adapter=lora", "adapter.r=8", "schedule=constant", "optim.learning_rate=0", "optim.weight_decay=0"]
         composed = load([*common, *loras, "train.max_steps=1000", *own])
         ctx = plain_context(composed.settings, folder / name)
@@ -110,19 +112,24 @@ def table(found: list[Contender]) -> list[dict[str, Any]]:
     return lines
 
 
-def run(rows: Path, model: str, batch: int, rounds: int, names: list[str] | None, json_file: Path | None) -> None:
+def run(
+    rows: Path, model: str, batch: int, rounds: int, names: list[str] | None, json_file: Path | None, threads: int
+) -> None:
     """Measure and print the table, lowest overhead first."""
+    ground = machine.facts(threads)
+    print(machine.header(ground), flush=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         found = contenders(
-            rows, model, batch, [BASELINE, *(n for n in names or METHODS if n != BASELINE)], Path(folder)
+            rows, model, batch, [BASELINE, *(n for n in names or METHODS if n != BASELINE)], Path(folder), threads
         )
         measure(found, rounds)
         lines = sorted(table(found), key=lambda line: line["ratio"])
     print(f"one step of {batch} rows, {rounds} rounds; ratio to plain SFT in the same round")
-    print(f"{'method':<20}{'seconds':>10}{'ratio':>8}   lowest to highest")
+    print(f"{'method':<20}{'seconds':>10}{'ratio':>8}   lowest to highest    dtype, threads")
     for line in lines:
         print(
             f"{line['method']:<20}{line['seconds']:>10.3f}{line['ratio']:>8.3f}   {line['lowest']:.3f} to {line['highest']:.3f}"
+            f"       {ground['dtype']}, {ground['threads']}"
         )
     if json_file:
-        json_file.write_text(json.dumps(lines, indent=1) + "\n")
+        json_file.write_text(json.dumps({"machine": ground, "methods": lines}, indent=1) + "\n")

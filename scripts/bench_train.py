@@ -7,7 +7,7 @@ peak memory is its own. TRL is no dependency of ftrun: install it beside, and st
     PYTHONPATH=.trl python scripts/bench_train.py
 
 The limit of arithmetic is 4 x parameters x tokens (forward, and the gradient of what flows through frozen weights) at
-the speed of a large float32 matrix product on the same threads, measured between the contenders.
+the speed of a large float32 matrix product on the same threads, measured between the contenders. Everything is float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import resource
 import subprocess
 import sys
@@ -25,6 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import machine
 
 INSTALL = "pip install --target .trl --no-deps trl==1.16.0, then PYTHONPATH=.trl"
 BATCH, RATE, RANK, ALPHA, SEED = 8, 1e-3, 8, 16, 0
@@ -66,6 +67,7 @@ def settings_words(rows: Path, batch_tokens: int | None) -> list[str]:
     words = [
         f"data.path={rows}",
         "data.heldout=0",
+        f"model.dtype={machine.DTYPE}",
         "recipe=lora_sft",
         f"adapter.r={RANK}",
         f"adapter.lora_alpha={ALPHA}",
@@ -168,6 +170,7 @@ def train_with_trl(rows: Path, folder: Path, options: argparse.Namespace, **choi
         save_strategy="no",
         use_cpu=True,
         bf16=False,
+        fp16=False,
         disable_tqdm=True,
         seed=SEED,
         **choices,
@@ -207,10 +210,12 @@ def work(name: str, rows: Path, folder: Path, options: argparse.Namespace) -> No
 
     torch.set_num_threads(options.threads)
     result: dict[str, Any]
+    torch.set_default_dtype(getattr(torch, machine.DTYPE))
     if name == "matmul":
         result = {"operations_per_s": matmul_speed()}
     else:
         result = WORKERS[name](rows, folder, options)
+        result["threads"] = torch.get_num_threads()
         result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     (folder / "result.json").write_text(json.dumps(result))
 
@@ -223,13 +228,15 @@ def start(name: str, rows: Path, folder: Path, options: argparse.Namespace) -> d
     words = [sys.executable, __file__, "--worker", name, "--folder", str(folder), "--rows-file", str(rows)]
     words += ["--threads", str(options.threads)]
     words += ["--batch-tokens", str(options.batch_tokens)] if options.batch_tokens else []
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "FTRUN_CACHE": os.environ.get("FTRUN_CACHE", "")}
-    environment = os.environ | {k: v for k, v in quiet.items() if v} | {"OMP_NUM_THREADS": str(options.threads)}
+    environment = machine.pinned(options.threads) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with (folder / "log").open("w") as log:
         ended = subprocess.run(words, env=environment, stdout=log, stderr=log, check=False).returncode
     if ended:
         raise SystemExit(f"{name} failed:\n" + "\n".join((folder / "log").read_text().splitlines()[-15:]))
-    return json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
+    if result.get("threads", options.threads) != options.threads:
+        raise SystemExit(f"{name} took {result['threads']} threads, not {options.threads}")
+    return result
 
 
 def compare(results: dict[str, dict[str, Any]], speed: float, parameters: int) -> list[dict[str, Any]]:
@@ -238,7 +245,14 @@ def compare(results: dict[str, dict[str, Any]], speed: float, parameters: int) -
     lines = []
     for name, result in results.items():
         rate = result["tokens"] / result["seconds"]
-        line = {"name": name, "tokens": result["tokens"], "tokens_per_s": rate, "peak_bytes": result["peak_bytes"]}
+        line = {
+            "name": name,
+            "dtype": machine.DTYPE,
+            "threads": result["threads"],
+            "tokens": result["tokens"],
+            "tokens_per_s": rate,
+            "peak_bytes": result["peak_bytes"],
+        }
         line["share_of_limit"] = rate / limit
         for other in AGAINST:
             if other in results and other != name:
@@ -251,14 +265,17 @@ def compare(results: dict[str, dict[str, Any]], speed: float, parameters: int) -
     return lines
 
 
-def show(lines: list[dict[str, Any]], speed: float, parameters: int) -> None:
+def show(lines: list[dict[str, Any]], speed: float, parameters: int, ground: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     versus = [other for other in AGAINST if any(line["name"] == other for line in lines)]
-    table = Table(title=f"limit of arithmetic: {speed / 4 / parameters:.0f} tokens/s at {speed / 1e9:.0f} GFLOP/s")
+    limit = f"limit of arithmetic: {speed / 4 / parameters:.0f} tokens/s at {speed / 1e9:.0f} GFLOP/s"
+    table = Table(title=f"{machine.header(ground)}\n{limit}")
     for title in (
         "",
+        "dtype",
+        "threads",
         "tokens",
         "tokens/s",
         "of limit",
@@ -269,6 +286,8 @@ def show(lines: list[dict[str, Any]], speed: float, parameters: int) -> None:
     for line in lines:
         cells = [
             CONTENDERS[line["name"]],
+            line["dtype"],
+            str(line["threads"]),
             str(line["tokens"]),
             f"{line['tokens_per_s']:.1f}",
             f"{line['share_of_limit']:.0%}",
@@ -297,7 +316,7 @@ def token_methods(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl"
         write_rows(rows, BATCH, 200 if options.quick else options.longest)
-        bench_tokens.run(rows, "builtin:smollm2_135m", BATCH, options.rounds, names, options.json)
+        bench_tokens.run(rows, "builtin:smollm2_135m", BATCH, options.rounds, names, options.json, options.threads)
 
 
 def main() -> None:
@@ -321,6 +340,8 @@ def main() -> None:
     chosen = options.only.split(",")
     if any(name.startswith("trl") for name in chosen) and importlib.util.find_spec("trl") is None:
         raise SystemExit(f"TRL is not installed: {INSTALL}\nOr measure ftrun alone: --only ftrun")
+    ground = machine.facts(options.threads)
+    print(machine.header(ground), file=sys.stderr, flush=True)
     rows, longest = (16, 200) if options.quick else (options.rows, options.longest)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -334,9 +355,9 @@ def main() -> None:
             print(f"{CONTENDERS[name]}: {results[name]['seconds']:.0f} s", file=sys.stderr, flush=True)
     parameters = 134_515_008  # SmolLM2-135M, the tied head once
     lines = compare(results, max(speeds), parameters)
-    show(lines, max(speeds), parameters)
+    show(lines, max(speeds), parameters, ground)
     if options.json:
-        facts = {"rows": rows, "longest": longest, "threads": options.threads, "matmul_operations_per_s": speeds}
+        facts = {"machine": ground, "rows": rows, "longest": longest, "matmul_operations_per_s": speeds}
         options.json.write_text(json.dumps(facts | {"contenders": lines, "runs": results}, indent=1))
     return None
 

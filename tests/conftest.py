@@ -1,4 +1,7 @@
-"""Small models and rows that every test may use. Random weights for structure; the real model is in `smollm2` (slow)."""
+"""Small models and rows that every test may use. Random weights for structure; the real model is in `smollm2` (slow).
+
+``--processor=avx2|avx512bf16`` has torch and bitsandbytes believe in that processor: no result may depend on it.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +74,49 @@ def make_tokenizer(folder: Path) -> None:
     )
     fast.chat_template = CHATML
     fast.save_pretrained(folder)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--processor", choices=["real", "avx2", "avx512bf16"], default="real")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processor(request):
+    """The processor's answers about bfloat16, as ``--processor`` says."""
+    choice = request.config.getoption("--processor")
+    if choice == "real":
+        yield
+        return
+    import bitsandbytes.functional
+    import bitsandbytes.nn.modules
+    import torch
+
+    checks = [
+        (bitsandbytes.functional, "has_avx512bf16"),
+        (bitsandbytes.nn.modules, "has_avx512bf16"),
+        (torch.cpu, "_is_avx512_bf16_supported"),
+        (torch.cpu, "_is_amx_tile_supported"),
+        (torch.ops.mkldnn, "_is_mkldnn_bf16_supported"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in checks:
+            patch.setattr(owner, name, lambda: choice == "avx512bf16")
+        yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    """A folder with the tokenizer of `tiny_dir` alone: made without torch."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
 
 
 @pytest.fixture(scope="session")

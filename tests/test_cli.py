@@ -72,7 +72,7 @@ def test_free_text_survives(tiny_dir):
         (["train", "recipe=sft", "model.path=./no_such_folder", "out=OUT"], 2, "no_such_folder"),
         (["merge"], 2, "which run?"),
         (["eval", "run=no/such/run"], 2, "there is no run in no/such/run"),
-        (["generate", "run=x"], 2, "what shall it answer?"),
+        (["generate", "model.path=x"], 2, "what shall it answer?"),
         (["train", "recipe=sft", "budget=-1"], 2, "budget"),
         (["train", "recipe=sft", "train.batch_size=0"], 2, "train.batch_size"),
     ],

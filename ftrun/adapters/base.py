@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ftrun.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
@@ -53,6 +55,18 @@ class Adapter:
     def load(self, model: nn.Module, folder: Path) -> nn.Module:
         """The trained model from a freshly loaded base ``model`` and what ``save`` wrote below the same ``folder``."""
         raise NotImplementedError
+
+    def go_on(self, model: nn.Module, ctx: Context, folder: Path) -> nn.Module:
+        """The model to train on: a freshly loaded base ``model`` with what ``save`` wrote below ``folder``, in place of `attach`.
+
+        What the model computes then is what ``disabled`` gives back. Raises ConfigError where a method cannot go on.
+        """
+        name = self.name  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"adapter={name} cannot go on from a trained one",
+            f"run={folder}",
+            f"Merge it, ftrun merge run={folder}, and give model.path={folder / 'model'}.",
+        )
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The trained model as a plain model of its architecture. Raises ComponentError where that is impossible."""

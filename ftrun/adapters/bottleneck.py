@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ftrun.adapters.base import Adapter
-from ftrun.adapters.peft_adapter import loadable_path, seeded
+from ftrun.adapters.peft_adapter import base_of, seeded
 from ftrun.errors import ComponentError, ConfigError
 from ftrun.models.architecture import Architecture, describe
+from ftrun.models.precision import widen
 from ftrun.registry import register
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class Bottleneck(Adapter):
         target.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
         save_file(trained, target / FILE)
-        about = {"method": "bottleneck", "base_model": loadable_path(model), **asdict(self)}
+        base, revision = base_of(model)
+        about = {"method": "bottleneck", "base_model": base, "revision": revision, **asdict(self)}
         (target / "bottleneck.json").write_text(json.dumps(about, indent=2) + "\n")
         return target
 
@@ -86,10 +88,14 @@ class Bottleneck(Adapter):
             raise ComponentError(
                 "the adapter does not belong to this model", f"{folder / 'adapter' / FILE}: {', '.join(odd)}"
             )
+        widen(parameters.values())  # the norms too: they trained in float32
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
         return model
+
+    def go_on(self, model: nn.Module, ctx: Context, folder: Path) -> nn.Module:
+        return self.load(model, folder)
 
     def merge(self, model: nn.Module) -> nn.Module:
         raise ComponentError(

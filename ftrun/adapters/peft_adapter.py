@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Iterator
@@ -15,18 +16,21 @@ from ftrun.errors import ComponentError, ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torch import nn
+    from torch import Tensor, nn
 
     from ftrun.training.context import Context
 
 KINDS = ("attention", "mlp", "q", "k", "v", "o", "gate", "up", "down")
 
-# warnings of peft that a user can do nothing about, or that lora_start.py takes care of
+# warnings of peft that a user can do nothing about, or that lora_start.py and tied_weights.py take care of
 SETTLED = (
     "lora with eva initialization",
     "Using Rank-Stabilized LoRA with rank_pattern",
     "`is_gradient_checkpointing` is deprecated",
     "Full backward hook is firing",
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
+    "Model with `tie_word_embeddings=True` and the tied_target_modules",
+    "Input and output embeddings are no longer tied after merging",
 )
 
 
@@ -51,7 +55,7 @@ class PeftAdapter(Adapter):
             self.before_wrap(model, config, ctx)
             wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
             self.after_wrap(wrapped, ctx)
-        wrapped.peft_config["default"].base_model_name_or_path = loadable_path(model)
+        name_base(wrapped.peft_config["default"], model)
         return wrapped
 
     def before_wrap(self, model: nn.Module, config: PeftConfig, ctx: Context) -> None:
@@ -60,19 +64,58 @@ class PeftAdapter(Adapter):
     def after_wrap(self, model: nn.Module, ctx: Context) -> None:
         """Finish the peft model: initialise, remember, hook."""
 
+    def go_on(self, model: Any, ctx: Context, folder: Path) -> nn.Module:
+        from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+        from peft.utils.save_and_load import load_peft_weights
+
+        source = folder / "adapter"
+        saved = load_peft_weights(str(source), device="cpu")
+        with user_errors(self), seeded(ctx.seed), settled_warnings():
+            config = PeftConfig.from_pretrained(str(source))
+            if config.is_prompt_learning:  # peft loads prompts for inference only
+                config.inference_mode = False
+                wrapped: Any = get_peft_model(model, config)
+                put_in = functools.partial(set_peft_model_state_dict, wrapped, saved)
+            else:
+                put_in = functools.partial(PeftModel.from_pretrained, model, source, is_trainable=True)
+            try:
+                loaded = put_in()
+            except RuntimeError as error:
+                what = "the adapter does not fit this model"
+                if config.is_prompt_learning:
+                    what = f"{source} holds the trained prompts, not the network that made them"
+                raise ConfigError(what, f"run={folder}", " ".join(str(error).split())[:300]) from error
+            wrapped = wrapped if config.is_prompt_learning else loaded
+        have = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        if odd := sorted(saved.keys() ^ have.keys()):
+            raise ConfigError("the adapter does not belong to this model", f"{source}: {', '.join(odd[:3])}")
+        name_base(wrapped.peft_config["default"], model)
+        self._begun = {name: p.detach().clone() for name, p in wrapped.named_parameters() if p.requires_grad}
+        return wrapped
+
     def disabled(self, model: Any) -> AbstractContextManager[None] | None:
-        return model.disable_adapter()
+        begun = getattr(self, "_begun", None)
+        return put_back(model, begun) if begun is not None else model.disable_adapter()
 
     def save(self, model: Any, folder: Path) -> Path:
         # False: with "auto" peft asks the hub for the base's vocabulary
         model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        _name_base_in_card(folder / "adapter" / "README.md", model.peft_config["default"])
         return folder / "adapter"
 
     def load(self, model: Any, folder: Path) -> nn.Module:
-        from peft import PeftModel
+        from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+
+        from ftrun.models.precision import NARROW, widen
 
         with settled_warnings():
-            return PeftModel.from_pretrained(model, folder / "adapter")
+            loaded = PeftModel.from_pretrained(model, folder / "adapter")
+        trained = ("modules_to_save", "trainable_tokens")  # copies of base weights: peft gives them the base's dtype
+        narrow = [p for name, p in loaded.named_parameters() if p.dtype in NARROW and any(t in name for t in trained)]
+        if narrow:
+            widen(narrow)
+            set_peft_model_state_dict(loaded, load_peft_weights(str(folder / "adapter"), device="cpu"))
+        return loaded
 
     def merge(self, model: Any) -> nn.Module:
         if not self.mergeable:
@@ -85,12 +128,30 @@ class PeftAdapter(Adapter):
                 "merging into quantised weights would round them again and change the results",
                 todo="Load the base with quant=none, load the adapter on it, and merge that.",
             )
+        from ftrun.adapters.tied_weights import told_apart
+
         try:
-            return model.merge_and_unload(safe_merge=True)
+            with told_apart(model), settled_warnings():
+                return model.merge_and_unload(safe_merge=True)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise ComponentError(
                 f"peft cannot merge this adapter: {error}", todo="Load adapter/ with peft instead."
             ) from error
+
+
+@contextmanager
+def put_back(model: nn.Module, start: dict[str, Tensor]) -> Iterator[None]:
+    """Trained parameters hold their starting values inside."""
+    changed = [
+        (parameter, parameter.data, start[name]) for name, parameter in model.named_parameters() if name in start
+    ]
+    for parameter, _, before in changed:
+        parameter.data = before
+    try:
+        yield
+    finally:
+        for parameter, trained, _ in changed:
+            parameter.data = trained
 
 
 @contextmanager
@@ -107,10 +168,21 @@ def is_quantised(model: Any) -> bool:
     return getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
 
 
-def loadable_path(model: Any) -> str:
-    """Where the base was loaded from: an absolute folder, or a hub id."""
-    name = str(getattr(model, "name_or_path", ""))
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+def base_of(model: Any) -> tuple[str, str | None]:
+    """Name and revision of the base, as others can load it: a hub id and its commit, or a folder (models/source.py)."""
+    return str(model.config._name_or_path or ""), getattr(model.config, "_commit_hash", None)
+
+
+def name_base(config: PeftConfig, model: Any) -> None:
+    """Say in an adapter's config what it belongs to."""
+    config.base_model_name_or_path, config.revision = base_of(model)
+
+
+def _name_base_in_card(card: Path, config: PeftConfig) -> None:
+    name, revision = config.base_model_name_or_path, config.revision
+    blank = "**Finetuned from model [optional]:** [More Information Needed]"
+    said = f"**Finetuned from model:** {name}" + (f", revision {revision}" if revision else "")
+    card.write_text(card.read_text().replace(blank, said))
 
 
 def task_type(ctx: Context) -> str:

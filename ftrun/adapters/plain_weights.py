@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ftrun.models.quiet import without_bars
+from ftrun.quant.base import keep_unpacked
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
-    """Write ``folder``/model in the transformers format, with the tokenizer where there is one."""
+    """Write ``folder``/model in the transformers format, with the tokenizer where there is one.
+
+    Weights are written as they are: in float32 where they trained, which no later rounding can take from them.
+    """
     target = folder / "model"
     with without_bars():
         model.save_pretrained(target)
@@ -19,10 +26,17 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
 
 
 def load_again(model: Any, folder: Path) -> Any:
-    """The weights in ``folder``, loaded with the class, dtype, attention, quantisation and device of ``model``."""
+    """The weights in ``folder``, loaded with the class, attention, quantisation and device of ``model``, and its dtype.
+
+    Weights that were trained in float32 stay float32: what a short training changed would be rounded away.
+    """
     config = model.config
     arguments: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": config._attn_implementation}
     if getattr(config, "quantization_config", None) is not None:
         arguments["quantization_config"] = config.quantization_config
+    elif json.loads((folder / "config.json").read_text()).get("dtype") == "float32":
+        arguments["dtype"] = torch.float32
     with without_bars():
-        return type(model).from_pretrained(folder, **arguments).to(model.device)
+        loaded = type(model).from_pretrained(folder, **arguments).to(model.device)
+    keep_unpacked(loaded)
+    return loaded

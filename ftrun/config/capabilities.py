@@ -12,9 +12,24 @@ gives "adapter=lisa trains layers of the base weights; quant=nf4 freezes them in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ftrun import registry
 from ftrun.errors import ConfigError
 from ftrun.registry import Spec
+
+# which components a stage puts to work; the quantisation is there whenever a model is loaded
+AT_WORK = {
+    "select": ("select", "picker"),
+    "train": ("tokens", "adapter", "objective", "optim", "schedule"),
+    "eval": ("eval",),
+}
+STAGES_OF = {"select": ("select",), "eval": ("eval",), "generate": (), "merge": ()}  # verbs that have their own
+
+
+def slots_at_work(verb: str, stages: Sequence[str]) -> set[str]:
+    """The slots whose components ``verb`` runs, where the config names these stages."""
+    return {"quant", *(slot for stage in STAGES_OF.get(verb, stages) for slot in AT_WORK[stage])}
 
 
 def check_mix(chosen: list[Spec]) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice, product
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -16,9 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ftrun import registry
-from ftrun.config import capabilities, recipes
+from ftrun.config import capabilities, keys, recipes
 from ftrun.config.explain import explain, parse, slot_taken_away
-from ftrun.config.recipes import DEFAULT_CHOICES, Recipe
+from ftrun.config.recipes import DEFAULT_CHOICES, GROUPS, Recipe
+from ftrun.config.saved import as_recipe, recipes_of, run_folder
 from ftrun.config.schema import check_section
 from ftrun.config.settings import (
     SECTIONS,
@@ -47,13 +49,14 @@ class Composed:
     notes: list[str] = field(default_factory=list)
 
 
-def prepare(overrides: Sequence[str]) -> list[str]:
+def prepare(overrides: Sequence[str], base: Recipe | None = None) -> list[str]:
     """Fill Hydra's store for these overrides, and return them as Hydra must see them.
 
-    ``recipe=./mine.yaml`` becomes ``recipe=mine``. Raises ConfigError for a recipe that cannot be found or read.
+    ``recipe=./mine.yaml`` becomes ``recipe=mine``. ``base``: what the overrides change, where they name no recipe.
+    Raises ConfigError for a recipe that cannot be found or read.
     """
-    chosen: list[Recipe] = []
-    seen: list[str] = []
+    chosen: list[Recipe] = [base] if base else []
+    seen: list[str] = [f"recipe={base.name}"] if base else []
     for override in overrides:
         if override.startswith("recipe="):
             names = [name.strip() for name in override.removeprefix("recipe=").strip("'\"").split(",")]
@@ -86,27 +89,58 @@ def _combined(overrides: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def load(overrides: Sequence[str]) -> Composed:
-    """Compose one config from command-line overrides (no sweep) and check all of it.
+def load(overrides: Sequence[str], verb: str | None = None, saved_in: Path | None = None) -> Composed:
+    """Compose one config from command-line overrides (no sweep) and check all of it, for what ``verb`` does.
 
-    Raises ConfigError with the offending key and the nearest valid one.
+    With ``verb``, keys that it does not read are refused, and those of a run that it works on are the defaults.
+    ``saved_in``: the folder whose config.yaml gives the defaults instead. Raises ConfigError with the offending key and
+    the nearest valid one.
     """
-    overrides = prepare(overrides)
-    parse(overrides)
+    if verb:
+        keys.check_read(verb, overrides)
+    base, name = as_recipe(saved_in, "resume") if saved_in else base_of(verb, overrides)
+    words = prepare(overrides, base)
+    parse(words)
+    around = GlobalHydra.instance().hydra  # of a sweep that this is a job of
     GlobalHydra.instance().clear()
     try:
         with initialize(version_base=None, config_path=None):
-            config = hydra_compose(ROOT, overrides=overrides, return_hydra_config=True)
+            config = hydra_compose(ROOT, overrides=words, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error, overrides) from None
+        raise explain(error, words) from None
+    finally:
+        GlobalHydra.instance().hydra = around
     choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
-    return resolve(config, choices, overrides)
+    composed = resolve(config, choices, words, base, verb or "train")
+    if base:
+        composed.settings.recipe = name
+    return composed
+
+
+def base_of(verb: str | None, overrides: Sequence[str]) -> tuple[Recipe | None, str | None]:
+    """The run whose settings are the defaults of this command, as a recipe, and the name of its recipe.
+
+    That of ``run=`` or ``resume=``, where the command line names no recipe. Raises ConfigError when there is no such run.
+    """
+    given = {one.key_or_group: one for one in keys.read(overrides) if not one.is_sweep_override()}
+    key = "resume" if verb in ("train", "select") and "resume" in given else "run"
+    takes = key == "resume" or verb in (*keys.ON_RUN, "train", "plan", "preview")
+    folder = given[key].value() if takes and key in given else None
+    if not folder or "recipe" in given:
+        return None, None
+    fresh = {group for group in GROUPS if group in given}  # chosen anew: the run's values for it go
+    # which machine, which stages and which start are the matter of a command, not of the run that it works on
+    fresh |= set() if key == "resume" else {"launch", "run", "stages"}
+    return as_recipe(Path(str(folder)), key, fresh)
 
 
 def recipe_names(overrides: Sequence[str]) -> list[str]:
-    """The recipes of ``recipe=a,b,c``; empty when it names none."""
+    """The recipes of ``recipe=a,b,c``, or of the run in ``resume=``; empty when there are none."""
     said = [word.removeprefix("recipe=").strip("'\"") for word in overrides if word.startswith("recipe=")]
-    return [name.strip() for name in said[-1].split(",") if name.strip()] if said else []
+    if said:
+        return [name.strip() for name in said[-1].split(",") if name.strip()]
+    resumed = [word.removeprefix("resume=").strip("'\"") for word in overrides if word.startswith("resume=")]
+    return recipes_of(resumed[-1]) if resumed else []
 
 
 def load_each(overrides: Sequence[str]) -> list[Composed]:
@@ -115,12 +149,15 @@ def load_each(overrides: Sequence[str]) -> list[Composed]:
     Raises ConfigError for an override that does not fit all of them, and for a recipe that comes twice.
     """
     others = [word for word in overrides if not word.startswith("recipe=")]
+    resumed = None if len(others) < len(overrides) else _resumed(overrides)
     fine: list[Composed] = []
     refused: dict[str, ConfigError] = {}
     for name in recipe_names(overrides):
-        recipes.find(name)  # an unknown name is no matter of overrides
+        if not resumed:
+            recipes.find(name)  # an unknown name is no matter of overrides
+        saved_in = resumed / "selection" / name if resumed else None
         try:
-            fine.append(load([f"recipe={name}", *others]))
+            fine.append(load(others if resumed else [f"recipe={name}", *others], "select", saved_in))
         except ConfigError as error:
             refused[name] = error
     names = [composed.settings.recipe or "" for composed in fine]
@@ -155,7 +192,11 @@ def _check_one_pool(methods: Sequence[Composed]) -> None:
             raise ConfigError(f"recipes {first.recipe} and {settings.recipe} set different seeds", todo="Set seed=0.")
 
 
-def check_all(overrides: Sequence[str], limit: int = 32) -> None:
+def _resumed(overrides: Sequence[str]) -> Path:
+    return run_folder(str(next(one.value() for one in keys.read(overrides) if one.key_or_group == "resume")), "resume")
+
+
+def check_all(overrides: Sequence[str], verb: str | None = None, limit: int = 32) -> None:
     """Check the first ``limit`` jobs of a sweep before any of them starts."""
     columns: list[list[str]] = []
     for override in parse(overrides):
@@ -164,10 +205,16 @@ def check_all(overrides: Sequence[str], limit: int = 32) -> None:
         elif not override.is_sweep_override() and not override.key_or_group.startswith("hydra"):
             columns.append([str(override.input_line)])
     for job in islice(product(*columns), limit):
-        load(job)
+        load(job, verb)
 
 
-def resolve(config: DictConfig, choices: dict[str, Any], overrides: Sequence[str]) -> Composed:
+def resolve(
+    config: DictConfig,
+    choices: dict[str, Any],
+    overrides: Sequence[str],
+    base: Recipe | None = None,
+    verb: str = "train",
+) -> Composed:
     """Turn a composed Hydra config into Settings, refusing every key that nothing would read."""
     # unresolved: a text that was escaped once must not be resolved twice
     plain: Any = OmegaConf.to_container(config, resolve=False)
@@ -177,18 +224,18 @@ def resolve(config: DictConfig, choices: dict[str, Any], overrides: Sequence[str
     except OmegaConfBaseException as error:
         raise ConfigError("a ${...} in the config cannot be resolved", " ".join(str(error).split())) from None
     file = raw.pop(RECIPE_FILE, None)
-    recipe = recipes.find(file) if file else None
+    recipe = base or (recipes.find(file) if file else None)
     for slot in DEFAULT_CHOICES:
         if slot != "eval" and slot not in choices:
             raise slot_taken_away(slot)
     try:
-        settings = _settings(raw, choices, recipe)
+        settings = _settings(raw, choices, recipe, verb)
     except ConfigError as error:
         raise _with_origin(error, recipe, overrides) from None
     return Composed(settings, recipe, _notes(recipe, settings))
 
 
-def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | None) -> Settings:
+def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | None, verb: str) -> Settings:
     scoring = _section(raw, "select")
     picker = scoring.pop("picker", {})
     shared = _shared_select(scoring)
@@ -220,8 +267,9 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
         raise ConfigError(f'there is no key "{key}"', f"{key}={raw[key]}", todo)
     scalars = check_section(raw, root_knobs(), "")
     scalars["recipe"] = recipe.name if recipe else None
-    capabilities.check_mix(specs)
     settings = Settings(**scalars, **sections, slots=slots, eval=evaluators, select=shared, tokens=tokens)
+    at_work = capabilities.slots_at_work(verb, settings.stages)
+    capabilities.check_mix([spec for spec in specs if spec.slot in at_work])
     check_values(settings)
     return settings
 

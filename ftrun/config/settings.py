@@ -16,7 +16,7 @@ from ftrun import registry
 class ModelConfig:
     path: str = "builtin:smollm2_135m"  # folder, hub id, .gguf file, or builtin:NAME
     revision: str | None = None  # branch, tag or commit on the hub
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on any CPU, bfloat16 on a GPU
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # attention implementation
     template: str | None = None  # chat template: a jinja file, or the name of a built-in one (chatml, alpaca, plain)
     trust_remote_code: bool = False  # run code that a hub repository carries; never on by itself
@@ -38,6 +38,7 @@ class DataConfig:
         "classification",
     ] = "auto"  # layout of the rows
     columns: dict[str, str] = field(default_factory=dict)  # rename columns: {instruction: question, output: answer}
+    ignore: list[str] = field(default_factory=list)  # columns that mean nothing here: [tools, weight]
     weights: list[float] | None = None  # one a source of a mixture; rows are repeated or left out
     split: str = "train"  # split of a hub data set
     heldout: float = 0.05  # share of rows kept for evaluation, by content hash, at least one; 0: none
@@ -63,6 +64,7 @@ class TrainConfig:
         None  # join rows into full sequences, each attending only to itself; null: where that costs nothing
     )
     max_grad_norm: float | None = 1.0  # clip the gradient norm; null: no clipping
+    pure_bfloat16: bool = False  # what trains is bfloat16 too, not float32: less memory, and small updates are lost
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     log_steps: int = 1  # steps between two lines of metrics.jsonl
     save_steps: int | None = None  # steps between two checkpoints; null: only at the end and when stopped
@@ -81,7 +83,7 @@ class LaunchConfig:
     node_rank: int = 0  # this machine's number
     address: str = "127.0.0.1"  # address of machine 0
     port: int = 0  # port on machine 0; 0: any free one (one machine only)
-    threads: int | None = None  # CPU threads of each process; null: the cores it may use, shared fairly
+    threads: int | None = None  # CPU threads of each process; null: OMP_NUM_THREADS, or a fair share of the cores
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
 
 
@@ -124,7 +126,7 @@ class RootConfig:
     stages: list[Literal["select", "train", "eval"]] = field(
         default_factory=lambda: ["select", "train", "eval"]
     )  # stages to run
-    run: str | None = None  # run folder to evaluate, merge or try
+    run: str | None = None  # run folder to evaluate, merge or try, or to train on from
     prompt: str | None = None  # text for `ftrun generate`
 
 

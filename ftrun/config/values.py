@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from ftrun.config.recipes import FIDELITIES
 from ftrun.config.settings import Settings
 from ftrun.errors import ConfigError, nearest
+from ftrun.registry import JOINT
 
 _POSITIVE = {
     "train": (
@@ -25,6 +29,73 @@ _POSITIVE = {
     "launch": ("processes", "nodes", "threads"),
     "select": ("batch_tokens",),
 }
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that a knob can mean something with."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False  # the lower bound itself is out
+    below: bool = False  # the upper bound itself is out
+
+    def refusal(self, value: float) -> str | None:
+        """What the number must be; None where it is."""
+        fits = (value > self.low if self.above else value >= self.low) and (
+            value < self.high if self.below or math.isinf(self.high) else value <= self.high
+        )
+        if fits:
+            return None
+        low = f"{'above' if self.above else 'at least'} {self.low:g}"
+        if math.isinf(self.high):
+            return f"{low} and finite" if math.isinf(value) else low
+        return f"{low} and {'below' if self.below else 'at most'} {self.high:g}"
+
+
+NOT_NEGATIVE, COUNT, SHARE = Bounds(0), Bounds(1), Bounds(0, 1)
+POSITIVE, BELOW_ONE = Bounds(0, above=True), Bounds(0, 1, below=True)
+# what the standard names of the field mean, whichever component has them; its own bounds are its own matter
+_BY_NAME = {
+    r"(.*_)?learning_rate|learner_rate": NOT_NEGATIVE,
+    r"weight_decay|eps|temperature": NOT_NEGATIVE,
+    r"beta[12]|(.*_)?dropout|label_smoothing": BELOW_ONE,
+    r"(.*_)?r|lora_alpha": POSITIVE,
+    r"(.*_)?epochs": POSITIVE,
+    r"(.*_)?(batch_size|batch_tokens|batches|max_steps|max_new_tokens|iterations|rounds|restarts|clusters)": COUNT,
+    r"max_length|copies|heads|masks|seeds|shots|num_virtual_tokens|candidates|probes|rollouts|interval": COUNT,
+    r"(.*_)?share|(fim|replace)_rate": SHARE,
+}
+_BY_SLOT = {
+    "optim": {r"momentum": BELOW_ONE},
+    "schedule": {r"warmup|decay": NOT_NEGATIVE, r"minimum": SHARE},
+    "adapter": {r"layers|r|loftq_iterations": COUNT},
+    "eval": {r"rows|k|limit": COUNT},
+}
+
+
+def _check_knobs(settings: Settings) -> None:
+    """Refuse a component's number that means nothing under its name."""
+    for slot, (name, knobs) in settings.slots.items():
+        prefix = "select.picker" if slot == "picker" else slot
+        for part in name.split(JOINT) if JOINT in name else [None]:
+            _check_numbers(slot, knobs[part] if part else knobs, f"{prefix}.{part}" if part else prefix)
+    for name, knobs in settings.eval:
+        _check_numbers("eval", knobs, f"eval.{name}")
+
+
+def _check_numbers(slot: str, knobs: Mapping[str, Any], prefix: str) -> None:
+    for knob, value in knobs.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        key = f"{prefix}.{knob}"
+        for pattern, bounds in [*_BY_SLOT.get(slot, {}).items(), *_BY_NAME.items()]:
+            must = bounds.refusal(value) if re.fullmatch(pattern, knob) else None
+            if must:
+                raise ConfigError(f"{key} must be {must}, not {value}", f"{key}={value}")
+        if slot == "schedule" and knob in ("warmup", "decay") and value > 1 and value != int(value):
+            todo = "Below 1 it is a share of all steps, else a number of steps."
+            raise ConfigError(f"{key} must be a share or a whole number, not {value}", f"{key}={value}", todo)
 
 
 def check_values(settings: Settings) -> None:
@@ -69,6 +140,13 @@ def check_values(settings: Settings) -> None:
             f"fidelity={settings.fidelity}",
             nearest(settings.fidelity, FIDELITIES),
         )
+    if settings.select.dedup_threshold is not None and not 0 < settings.select.dedup_threshold <= 1:
+        threshold = settings.select.dedup_threshold
+        raise ConfigError(
+            f"select.dedup_threshold is a similarity above 0, at most 1, not {threshold}",
+            f"select.dedup_threshold={threshold}",
+        )
+    _check_knobs(settings)
     _check_mixture(settings)
     parse_budget(settings.budget)
 

@@ -129,7 +129,7 @@ def tools_of(record: Record) -> dict[str, list[str] | None]:
 
     They stand in the row's column ``tools``, as JSON or Python definitions in its system message, or nowhere.
     """
-    listed = record.fields.get(TOOLS)
+    listed: Any = list(record.tools) or record.fields.get(TOOLS)
     if isinstance(listed, str):
         listed = list(_objects(listed)) or listed
     found = dict(_described(listed)) if listed else {}

@@ -8,14 +8,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ftrun.data.literals import OPEN, Literals
+
 
 @dataclass(frozen=True)
 class Segment:
     """A stretch of rendered text; of a trained response only the tokens up to the end of turn count."""
 
-    text: str
-    trained: bool
+    text: str  # control tokens that a message spells are hidden, see literals
+    weight: float  # of its tokens in the loss
     response: bool = False
+
+    @property
+    def trained(self) -> bool:
+        return self.weight > 0
 
 
 @dataclass
@@ -23,7 +29,7 @@ class Encoder:
     tokenizer: Any
 
     def encode(self, conversations: list[list[Segment]]) -> list[list[list[int]]]:
-        """Ids of every segment, each tokenised by itself."""
+        """Ids of every segment, each tokenised by itself. Raises Unspellable."""
         texts = [segment.text for segments in conversations for segment in segments]
         ids = (
             self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
@@ -31,12 +37,20 @@ class Encoder:
             else []
         )
         flat = iter(ids)
-        found = [[list(next(flat)) for _ in segments] for segments in conversations]
+        found = [[self._spelled(segment.text, list(next(flat))) for segment in segments] for segments in conversations]
         if self._marks_beginnings:
             for segments, parts in zip(conversations, found, strict=True):
                 for number in range(1, len(segments)):
-                    parts[number] = self._continued(segments[number - 1].text[-1], segments[number].text, parts[number])
+                    before = self.literals.show(segments[number - 1].text)[-1]
+                    parts[number] = self._continued(before, segments[number].text, parts[number])
         return found
+
+    @cached_property
+    def literals(self) -> Literals:
+        return Literals(self.tokenizer)
+
+    def _spelled(self, text: str, ids: list[int]) -> list[int]:
+        return self.literals.ids(text) if OPEN in text else ids
 
     @cached_property
     def _marks_beginnings(self) -> bool:
@@ -47,7 +61,10 @@ class Encoder:
 
     def _continued(self, before: str, text: str, alone: list[int]) -> list[int]:
         """Ids of ``text`` as they follow the character ``before``; as they stand alone where the two would merge."""
-        both, first = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before + text, before))
+        both, first = (
+            self._spelled(part, self.tokenizer(part, add_special_tokens=False)["input_ids"])
+            for part in (before + text, before)
+        )
         return list(both[len(first) :]) if list(both[: len(first)]) == list(first) else alone
 
     @cached_property

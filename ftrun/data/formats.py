@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ftrun.data.readers import READERS, Unfit
+from ftrun.data.meanings import ROW, Unfit, missing, refuse_row_keys
+from ftrun.data.readers import FEEDBACK, READERS, weighed
 from ftrun.data.records import Kind, Message, Record
 from ftrun.errors import ConfigError, DataError, nearest
 
 # layout -> sets of keys, each of which marks it; the first layout that fits wins: what says more stands before what says less
 LAYOUTS: dict[str, tuple[frozenset[str], ...]] = {
-    "preference": (frozenset({"chosen", "rejected"}),),
+    "preference": (
+        frozenset({"chosen", "rejected"}),
+        frozenset({"messages", "rejected_response"}),
+        frozenset({"conversations", "rejected_response"}),
+    ),
+    "binary": (
+        frozenset({"prompt", "completion", "label"}),
+        *(
+            frozenset({*answered, mark})
+            for answered in (("messages",), ("conversations",), ("prompt", "response"), ("instruction", "output"))
+            for mark in FEEDBACK
+        ),
+        frozenset({"prompt", "completion", "kto_tag"}),
+    ),
     "messages": (frozenset({"messages"}),),
     "sharegpt": (frozenset({"conversations"}),),
     "alpaca": (frozenset({"instruction", "output"}),),
-    "binary": (frozenset({"prompt", "completion", "label"}),),
     "prompt_completion": (
         frozenset({"prompt", "completion"}),
         frozenset({"prompt", "response"}),
@@ -33,7 +47,7 @@ KINDS: dict[str, Kind] = {
     "text": "text",
 }
 NAMES = sorted(
-    {"input", "context", "answer", "system", "text_pair", "verifier"}.union(
+    {"input", "context", "answer", "text_pair", "verifier", *ROW}.union(
         *(keys for sets in LAYOUTS.values() for keys in sets)
     )
 )
@@ -46,7 +60,8 @@ class Layout:
     format: str
     columns: dict[str, str] = field(default_factory=dict)  # our name -> the source's name
     system: str | None = None  # system prompt of conversations that have none
-    forced: bool = False  # the user named the format: other keys do not matter
+    forced: bool = False  # the user named the format: keys of other layouts do not matter
+    ignored: tuple[str, ...] = ()  # the source's columns that mean nothing
 
     @property
     def kind(self) -> Kind:
@@ -54,10 +69,13 @@ class Layout:
 
     def record(self, id: int, fields: dict[str, Any], where: str) -> Record:
         """The row as a Record, without the default system prompt. Raises DataError naming its origin ``where``."""
-        view = renamed(fields, self.columns)
+        view = renamed(fields, self.columns, self.ignored)
         try:
             self._check_keys(view)
-            return replace(READERS[self.format](view), id=id, fields=fields)
+            refuse_row_keys(view, self.format, self.forced)
+            record = READERS[self.format](view)
+            record = record if record.kind in ("text", "labels") else weighed(record, view)
+            return replace(record, id=id, fields=fields)
         except Unfit as error:
             raise DataError(f"row {id} of {where.rpartition(':')[0]} {error.what}", where, error.todo) from None
 
@@ -84,20 +102,30 @@ class Layout:
         )
 
 
-def renamed(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The row under our names, without empty (null) values."""
+def renamed(fields: dict[str, Any], columns: dict[str, str], ignored: Iterable[str] = ()) -> dict[str, Any]:
+    """The row under our names, without empty cells (null, NaN) and ignored columns."""
     taken = {theirs: ours for ours, theirs in columns.items()}
     view = {key: value for key, value in fields.items() if key not in taken and key not in columns}
     view |= {taken[key]: value for key, value in fields.items() if key in taken}
-    return {key: value for key, value in view.items() if value is not None}
+    return {key: value for key, value in view.items() if not missing(value) and key not in ignored}
 
 
 def recognise(view: dict[str, Any]) -> str | None:
-    """The layout that these keys stand for."""
-    return next((name for name, sets in LAYOUTS.items() if any(keys <= view.keys() for keys in sets)), None)
+    """The layout that these keys stand for; a label that is a class and no feedback makes no layout of an instruction."""
+    keys = set(view)
+    if not {"text", "messages", "conversations"} & keys and not {"prompt", "completion"} <= keys:
+        keys -= {mark for mark in FEEDBACK if not isinstance(view.get(mark), bool)}
+    return next((name for name, sets in LAYOUTS.items() if any(marks <= keys for marks in sets)), None)
 
 
-def layout_of(first: dict[str, Any], where: str, setting: str, columns: dict[str, str], system: str | None) -> Layout:
+def layout_of(
+    first: dict[str, Any],
+    where: str,
+    setting: str,
+    columns: dict[str, str],
+    system: str | None,
+    ignored: tuple[str, ...] = (),
+) -> Layout:
     """The layout of a source from its first row. Raises ConfigError for wrong settings, DataError for unknown keys."""
     for ours, theirs in columns.items():
         if ours not in NAMES:
@@ -111,12 +139,12 @@ def layout_of(first: dict[str, Any], where: str, setting: str, columns: dict[str
                 f'data.columns names a column "{theirs}" that the rows do not have', where, nearest(theirs, first)
             )
     if setting != "auto":
-        return Layout(setting, columns, system, forced=True)
-    view = renamed(first, columns)
+        return Layout(setting, columns, system, forced=True, ignored=ignored)
+    view = renamed(first, columns, ignored)
     found = recognise(view)
     if found is None:
         raise _unknown(first, view, where)
-    return Layout(found, columns, system)
+    return Layout(found, columns, system, ignored=ignored)
 
 
 def _unknown(first: dict[str, Any], view: dict[str, Any], where: str) -> DataError:

@@ -167,7 +167,7 @@ def _read_source(path: str, number: int, data: DataConfig, spool: Spool, stop: i
             break
         where = f"{raw.file}:{raw.line}"
         if layout is None:
-            layout = layout_of(raw.fields, where, data.format, data.columns, data.system)
+            layout = layout_of(raw.fields, where, data.format, data.columns, data.system, tuple(data.ignore))
         try:
             record = layout.record(row, raw.fields, where)
         except DataError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,7 +19,8 @@ from ftrun.data.records import Record
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.runs.artifacts import MANIFEST, digest, disk_guard, sha256, whole_folder
+from ftrun.runs.artifacts import MANIFEST, digest, disk_guard, whole_folder
+from ftrun.runs.stagecache import Key, key_of
 
 if TYPE_CHECKING:
     from ftrun.runs.progress import Reporter
@@ -74,11 +76,13 @@ def prepare(
             {record.label for record in pool if record.label is not None},
             key=lambda label: (isinstance(label, str), label),
         )
-    target = folder / cache_key(pool, tokenizer, data, max_length, vocab_size, labels)
+    key = cache_key(pool, tokenizer, data, max_length, vocab_size, labels)
+    target = folder / key.digest
     if not (target / MANIFEST).exists():
         renderer = Renderer(tokenizer, data.train_on, labels or ())
         with whole_folder(target) as beside:
             _Preflight(pool, renderer, data, max_length, vocab_size).run(beside, report)
+            key.write(beside)
     stored = json.loads((target / "prepared.json").read_text())
     table = TokenTable.open(target)
     return Prepared(
@@ -93,17 +97,18 @@ def prepare(
 
 def cache_key(
     pool: Pool, tokenizer: Any, data: DataConfig, max_length: int, vocab_size: int, labels: list[str | int] | None
-) -> str:
-    """Hash of all that the tokens depend on, the code that makes them included."""
-    settings = [max_length, data.overlong, data.train_on, data.system, data.format, data.columns]
-    code = [
-        sha256(Path(__file__).with_name(name))
-        for name in ("formats.py", "readers.py", "render.py", "encode.py", "prepare.py")
-    ]
+) -> Key:
+    """All that the tokens depend on, the code that makes them included."""
     ids = digest(pool.ids.tolist()) if len(pool) < len(pool.index) else len(pool)
-    return digest(
-        [pool.fingerprint, ids, pool.format, tokenizer_fingerprint(tokenizer), vocab_size, labels, settings, code]
-    )
+    asked = ("overlong", "unfit", "train_on", "system", "format", "columns")
+    settings = {name: getattr(data, name) for name in asked} | {"ignore": sorted(data.ignore), "max_length": max_length}
+    what = {
+        "settings": settings,
+        "rows": [pool.fingerprint, ids, pool.format],
+        "tokenizer": [tokenizer_fingerprint(tokenizer), vocab_size],
+        "labels": labels,
+    }
+    return key_of("tokens", what, modules=[__name__], libraries=("tokenizers", "transformers", "numpy"))
 
 
 class _Preflight:
@@ -113,6 +118,7 @@ class _Preflight:
         self.pool, self.renderer, self.data, self.vocab_size = pool, renderer, data, vocab_size
         self.max_length = max_length
         self.dropped: dict[str, list[int]] = {}
+        self.unfit: dict[str, list[int]] = {}  # what cannot be trained, where such rows are left out
         self.truncated: list[int] = []
         self.longest: dict[int, int] = {}  # tokens of the first rows that are too long
         self.split = self.pieces = 0  # rows cut into pieces, and how many those are
@@ -124,14 +130,15 @@ class _Preflight:
         with _Columns(folder) as columns:
             for batch in self._batches(report):
                 where = [self.pool.origin(record.id) for record in batch]
-                for record, place, sequences in zip(batch, where, self.renderer.batch(batch, where), strict=True):
-                    kept = self._check(record, place, sequences)
+                for record, place, sequences in zip(batch, where, self._rendered(batch, where), strict=True):
+                    kept = self._fitting(record, place, sequences)
                     if kept:
                         columns.add(kept)
             rows = columns.sequences // per_row
+        self._refuse_none_fits(rows)
         self._refuse_overlong(rows)
         (folder / "sequences_per_row").write_text(str(per_row))
-        stored = {"dropped": self.dropped, "truncated": self.truncated, "notes": self._notes()}
+        stored = {"dropped": self.dropped | self.unfit, "truncated": self.truncated, "notes": self._notes()}
         (folder / "prepared.json").write_text(json.dumps(stored))
 
     def _batches(self, report: Reporter | None) -> Iterator[list[Record]]:
@@ -145,17 +152,63 @@ class _Preflight:
                 yield batch
                 task.advance(len(batch))
 
-    def _check(self, record: Record, where: str, sequences: list[Sequence]) -> list[Sequence]:
-        """The sequences to keep, cut if asked for; empty when the row is left out."""
-        limit = self.max_length
+    def _rendered(self, batch: list[Record], where: list[str]) -> list[list[Sequence]]:
+        """Sequences of each row; none of one that cannot be trained, where such rows are left out."""
+        if self.data.unfit == "error":
+            try:
+                return self.renderer.batch(batch, where)
+            except DataError as error:
+                error.todo += " Or leave such rows out: data.unfit=drop."
+                raise
+        refused: dict[int, DataError] = {}
+        made = self.renderer.batch(batch, where, refused)
+        for id, error in refused.items():
+            self._leave_out(id, error)
+        return made
+
+    def _fitting(self, record: Record, where: str, sequences: list[Sequence]) -> list[Sequence]:
+        """What `_check` keeps of a row that was rendered."""
+        if not sequences:
+            return []
+        try:
+            self._check_trained(record, where, sequences)
+        except DataError as error:
+            if self.data.unfit == "error":
+                error.todo += " Or leave such rows out: data.unfit=drop."
+                raise
+            self._leave_out(record.id, error)
+            return []
+        return self._check(record, where, sequences)
+
+    def _leave_out(self, id: int, error: DataError) -> None:
+        self.unfit.setdefault(re.sub(r"^row \d+ (of \S+ )?", "", error.what), []).append(id)
+
+    def _refuse_none_fits(self, rows: int) -> None:
+        if not rows and self.unfit and not self.dropped:
+            raise DataError(
+                "none of the rows can be trained", f"data.path={self.data.path}", "; ".join(self._unfit_notes())
+            )
+
+    def _check_trained(self, record: Record, where: str, sequences: list[Sequence]) -> None:
         for sequence in sequences:
-            self._refuse_unknown_ids(record, where, sequence)
             if not self.labelled and not self.prompts_only and not sequence.trained:
                 raise DataError(
                     f"row {record.id} of {where.rpartition(':')[0]} has nothing to train on: none of its {len(sequence.input_ids)} tokens carries loss",
                     where,
                     "Remove the row, or look at it with ftrun preview.",
                 )
+        if self.pool.kind == "pairs" and np.array_equal(sequences[0].input_ids, sequences[1].input_ids):
+            raise DataError(
+                f"row {record.id} has a chosen answer that equals the rejected one once the template has written both",
+                where,
+                "Neither can be preferred: repair or remove the row.",
+            )
+
+    def _check(self, record: Record, where: str, sequences: list[Sequence]) -> list[Sequence]:
+        """The sequences to keep, cut if asked for; empty when the row is left out."""
+        limit = self.max_length
+        for sequence in sequences:
+            self._refuse_unknown_ids(record, where, sequence)
         length = max(len(sequence.input_ids) for sequence in sequences)
         if length <= limit:
             return sequences
@@ -213,10 +266,29 @@ class _Preflight:
             todo,
         )
 
+    def _unfit_notes(self) -> list[str]:
+        """How many rows were left out for which reason, the most frequent reasons first."""
+        reasons = sorted(self.unfit.items(), key=lambda item: -len(item[1]))
+        notes = []
+        for reason, ids in reasons[:NAMED]:
+            named = ", ".join(map(str, ids[:NAMED])) + ", ..." * (len(ids) > NAMED)
+            row = f"row{'s' * (len(ids) != 1)}"
+            notes.append(
+                f"{len(ids):,} {row} of {len(self.pool):,} left out (data.unfit=drop): {reason} ({row} {named})"
+            )
+        if rest := sum(len(ids) for _, ids in reasons[NAMED:]):
+            notes.append(f"{rest:,} rows of {len(self.pool):,} left out (data.unfit=drop) for other reasons")
+        return notes
+
     def _notes(self) -> list[str]:
         notes = [
             f"{len(ids):,} of {len(self.pool):,} rows dropped: {reason}={self.max_length}"
             for reason, ids in sorted(self.dropped.items())
+        ]
+        notes += self._unfit_notes()
+        notes += [
+            f"{count:,} of {len(self.pool):,} rows write {text} in a message: trained as text, not as that token"
+            for text, count in sorted(self.renderer.spelled.items())
         ]
         if self.truncated:
             notes.append(

@@ -6,40 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ftrun.data.records import Message, Record
-from ftrun.errors import nearest
+from ftrun.data.meanings import Unfit, loss_weight, says_something
+from ftrun.data.records import Message, Record, answers
+from ftrun.data.turns import from_json, read_tools, read_turns, text_of
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",  # its older name
-}
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"function": "tool"}
-
-
-class Unfit(Exception):
-    """A row that cannot be used; the caller knows where it stands."""
-
-    def __init__(self, what: str, todo: str = "Repair or remove the row."):
-        super().__init__(what)
-        self.what, self.todo = what, todo
+FEEDBACK = ("label", "kto_tag")  # columns that say whether an answer is wanted
 
 
 def _string(view: dict[str, Any], key: str, empty_ok: bool = False) -> str:
-    value = view.get(key, "")
-    if not isinstance(value, str):
-        raise Unfit(f"has a {type(value).__name__} as {key}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Unfit(f"holds half of a surrogate pair in {key}, which is not text") from None
-    if not empty_ok and not value.strip():
-        raise Unfit(f"has an empty {key}")
-    return value
+    return text_of(view.get(key), key, empty_ok)
 
 
 def _optional(view: dict[str, Any], key: str) -> str | None:
@@ -51,29 +26,87 @@ def _system(view: dict[str, Any]) -> tuple[Message, ...]:
     return (Message("system", text),) if text.strip() else ()
 
 
+def _history(view: dict[str, Any]) -> tuple[Message, ...]:
+    """The turns before the row's own, of pairs of request and answer."""
+    pairs = from_json(view.get("history"))
+    if not says_something(pairs):
+        return ()
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise Unfit(
+            "has a history that is no list of pairs, a request and its answer each",
+            "Repair it, or leave the column out with data.ignore=[history].",
+        )
+    turns = []
+    for number, (asked, answer) in enumerate(pairs, start=1):
+        turns.append(Message("user", text_of(asked, f"pair {number} of history")))
+        turns.append(Message("assistant", text_of(answer, f"pair {number} of history")))
+    return tuple(turns)
+
+
 def _prompt(view: dict[str, Any]) -> tuple[Message, ...]:
     """The prompt's messages: instruction with input or context below an empty line, or prompt as text or messages."""
     if "instruction" in view:
         parts = [_string(view, key, empty_ok=True) for key in ("instruction", "input", "context")]
         text = "\n\n".join(part for part in parts if part.strip())
     elif isinstance(view.get("prompt"), list):
-        return _turns(view["prompt"], "prompt", "role", "content", ROLES)
+        turns = read_turns(view["prompt"], "prompt")
+        before = (*_system(view), *_history(view))
+        return turns if turns[0].role == "system" and not before else _led(turns, before)
     else:
         text = _string(view, "prompt", empty_ok=True)
     if not text.strip():
         raise Unfit(f"has an empty {'instruction' if 'instruction' in view else 'prompt'}")
-    return (*_system(view), Message("user", text))
+    return (*_system(view), *_history(view), Message("user", text))
+
+
+def _led(turns: tuple[Message, ...], before: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns with those of the row's columns in front; a system turn of their own stays the first and only."""
+    if turns[0].role != "system":
+        return (*before, *turns)
+    return (turns[0], *(turn for turn in before if turn.role != "system"), *turns[1:])
+
+
+def _tools(view: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    found = [read_tools(view[key], key) for key in ("tools", "functions") if key in view]
+    return next((tools for tools in found if tools), ())
+
+
+def weighed(record: Record, view: dict[str, Any]) -> Record:
+    """The record with the weight of the whole row on each of its answers."""
+    factor = loss_weight(view, "the row", row=True)
+    if factor is None:
+        return record
+
+    def turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        return tuple(
+            replace(turn, weight=factor * (1.0 if turn.weight is None else turn.weight))
+            if turn.role == "assistant" and (at in answers(messages) or messages is not record.messages)
+            else turn
+            for at, turn in enumerate(messages)
+        )
+
+    parts = {name: turns(getattr(record, name)) for name in ("messages", "chosen", "rejected")}
+    return replace(record, **parts)
 
 
 def _single(view: dict[str, Any], key: str) -> Record:
     value = view[key]
     if isinstance(value, list):
-        turns = _turns(value, key, "role", "content", ROLES)
+        turns = read_turns(value, key)
         _check_end(turns, key)
     else:
         turns = (Message("assistant", _string(view, key)),)
+    return _sft(view, (*_prompt(view), *turns))
+
+
+def _sft(view: dict[str, Any], messages: tuple[Message, ...]) -> Record:
     return Record(
-        0, "sft", messages=(*_prompt(view), *turns), answer=view.get("answer"), verifier=_optional(view, "verifier")
+        0,
+        "sft",
+        messages=messages,
+        tools=_tools(view),
+        answer=view.get("answer"),
+        verifier=_optional(view, "verifier"),
     )
 
 
@@ -85,49 +118,6 @@ def _prompt_completion(view: dict[str, Any]) -> Record:
     return _single(view, "completion" if "completion" in view else "response")
 
 
-def _binary(view: dict[str, Any]) -> Record:
-    truth = {"true": 1, "false": 0, "1": 1, "0": 0}.get(str(view["label"]).strip().lower())
-    if truth is None:
-        raise Unfit("has a label that is neither true nor false")
-    return replace(_single(view, "completion"), kind="binary", label=truth)
-
-
-def _turns(value: Any, key: str, role_key: str, content_key: str, roles: dict[str, str]) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise Unfit(f"has no list of turns in {key}" if not isinstance(value, list) else f"has an empty {key}")
-    turns: list[Message] = []
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict) or role_key not in turn:
-            raise Unfit(f"has a turn {number} without {role_key} in {key}")
-        role = turn[role_key]
-        if not isinstance(role, str) or role not in roles:
-            raise Unfit(f'has an unknown role "{role}" in turn {number} of {key}', nearest(str(role), roles))
-        if turn.get("tool_calls"):
-            raise Unfit(
-                f"has tool calls in turn {number} of {key}, which have no text to train on",
-                "Write the call into the turn's content.",
-            )
-        content = _parts(turn.get(content_key), number, key)
-        content = _string(
-            {f"turn {number} of {key}": content}, f"turn {number} of {key}", empty_ok=roles[role] in ("system", "tool")
-        )
-        turns.append(Message(roles[role], content))  # type: ignore[arg-type]
-        if role == "system" and number > 1:
-            raise Unfit(f"has a system message in turn {number} of {key}; only the first may be one")
-    return tuple(turns)
-
-
-def _parts(content: Any, number: int, key: str) -> Any:
-    """The text of a turn whose content is a list of text parts."""
-    if not isinstance(content, list):
-        return "" if content is None else content
-    if not all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
-    ):
-        raise Unfit(f"has something else than text in turn {number} of {key}")
-    return "".join(part["text"] for part in content)
-
-
 def _check_end(turns: tuple[Message, ...], key: str) -> None:
     if turns[-1].role != "assistant":
         raise Unfit(
@@ -136,54 +126,120 @@ def _check_end(turns: tuple[Message, ...], key: str) -> None:
         )
 
 
-def _conversation(view: dict[str, Any], key: str, role_key: str, content_key: str, roles: dict[str, str]) -> Record:
-    turns = _turns(view[key], key, role_key, content_key, roles)
+def _conversation(view: dict[str, Any], key: str) -> Record:
+    turns = read_turns(view[key], key)
     _check_end(turns, key)
-    if turns[0].role != "system":
-        turns = (*_system(view), *turns)
+    turns = _led(turns, _system(view))
     if all(turn.role in ("assistant", "system") for turn in turns):
         raise Unfit(f"has no prompt in {key}, only the assistant speaks")
-    return Record(0, "sft", messages=turns, answer=view.get("answer"), verifier=_optional(view, "verifier"))
+    return _sft(view, turns)
 
 
 def _messages(view: dict[str, Any]) -> Record:
-    return _conversation(view, "messages", "role", "content", ROLES)
+    return _conversation(view, "messages")
 
 
 def _sharegpt(view: dict[str, Any]) -> Record:
-    return _conversation(view, "conversations", "from", "value", SHAREGPT_ROLES)
+    return _conversation(view, "conversations")
+
+
+def _binary(view: dict[str, Any]) -> Record:
+    """An answer in any layout, and whether it is wanted."""
+    label = next(view[key] for key in FEEDBACK if key in view)
+    truth = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}.get(str(label).strip().lower())
+    if truth is None:
+        raise Unfit(
+            f"has a label that is neither true nor false: {label!r}",
+            "Repair it, or name the format with data.format if it is no feedback.",
+        )
+    chat = next((key for key in ("messages", "conversations") if key in view), None)
+    answer = next((key for key in ("completion", "response", "output") if key in view), "completion")
+    record = _conversation(view, chat) if chat else _single(view, answer)
+    return replace(record, kind="binary", label=truth)
+
+
+# ---- pairs ----
 
 
 def _preference(view: dict[str, Any]) -> Record:
-    """Chosen and rejected as texts or turns after a prompt, or as two whole conversations that share all but their end."""
-    if isinstance(view["chosen"], list) != isinstance(view["rejected"], list):
+    """Two answers to one prompt: texts, turns, or whole conversations that share all but their end."""
+    asked, chosen, rejected = _sides(view)
+    if chosen == rejected:
+        raise Unfit("has a chosen answer that equals the rejected one: neither can be preferred")
+    return Record(0, "pairs", messages=asked, chosen=chosen, rejected=rejected, tools=_tools(view))
+
+
+def _sides(view: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
+    """The prompt, and what follows it on either side."""
+    if "rejected_response" in view:
+        record = _conversation(view, "messages" if "messages" in view else "conversations")
+        return record.prompt, record.messages[-1:], _answer(view, "rejected_response")
+    if isinstance(_value(view, "chosen"), str) != isinstance(_value(view, "rejected"), str):
         raise Unfit("has turns on one side and text on the other of chosen and rejected")
-    if not isinstance(view["chosen"], list):
-        both = [(Message("assistant", _string(view, key)),) for key in ("chosen", "rejected")]
-        if not view.keys() & {"prompt", "instruction"}:
-            raise Unfit("has chosen and rejected but no prompt")
-        return Record(0, "pairs", messages=_prompt(view), chosen=both[0], rejected=both[1])
-    both = [_turns(view[key], key, "role", "content", ROLES) for key in ("chosen", "rejected")]
-    for turns, key in zip(both, ("chosen", "rejected"), strict=True):
-        _check_end(turns, key)
-    if both[0][0].role == both[1][0].role == "assistant" and view.keys() & {"prompt", "instruction"}:
-        return Record(0, "pairs", messages=_prompt(view), chosen=both[0], rejected=both[1])
-    shared = 0
-    while shared < min(len(turns) for turns in both) - 1 and both[0][shared] == both[1][shared]:
-        shared += 1
-    if shared == 0 or any(turn.role == "user" for turns in both for turn in turns[shared:]):
+    chosen, rejected = (_answer(view, key) for key in ("chosen", "rejected"))
+    if chosen[0].role == rejected[0].role == "assistant":
+        return _asked(view), chosen, rejected
+    return _shared(view, chosen, rejected)
+
+
+def _value(view: dict[str, Any], key: str) -> Any:
+    """Text as text, a turn as a list of one."""
+    value = view[key]
+    return [value] if isinstance(value, dict) else value if isinstance(value, list) else text_of(value, key)
+
+
+def _answer(view: dict[str, Any], key: str) -> tuple[Message, ...]:
+    value = _value(view, key)
+    if isinstance(value, str):
+        return (Message("assistant", value),)
+    turns = read_turns(value, key)
+    _check_end(turns, key)
+    return turns
+
+
+def _asked(view: dict[str, Any]) -> tuple[Message, ...]:
+    """The prompt of a pair: prompt or instruction, or the conversation that both sides answer."""
+    if view.keys() & {"prompt", "instruction"}:
+        return _prompt(view)
+    key = next((key for key in ("messages", "conversations") if key in view), None)
+    if key is None:
+        raise Unfit("has chosen and rejected but no prompt")
+    turns = _led(read_turns(view[key], key), _system(view))
+    if turns[-1].role not in ("user", "tool"):
+        raise Unfit(f"ends with a {turns[-1].role} turn in {key}, which chosen and rejected cannot answer")
+    return turns
+
+
+def _shared(
+    view: dict[str, Any], chosen: tuple[Message, ...], rejected: tuple[Message, ...]
+) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
+    """Two whole conversations, taken apart where they part."""
+    at = 0
+    while at < min(len(chosen), len(rejected)) - 1 and chosen[at] == rejected[at]:
+        at += 1
+    if at == 0 or any(turn.role == "user" for turns in (chosen, rejected) for turn in turns[at:]):
         raise Unfit("has chosen and rejected that do not share their prompt")
-    prompt = both[0][:shared]
+    prompt = chosen[:at]
     if "prompt" in view and _prompt(view)[-1].content not in [turn.content for turn in prompt]:
         raise Unfit("has a prompt that differs from the one in chosen")
-    return Record(0, "pairs", messages=prompt, chosen=both[0][shared:], rejected=both[1][shared:])
+    return _led(prompt, (*_system(view), *_history(view))), chosen[at:], rejected[at:]
+
+
+# ---- the others ----
 
 
 def _prompts(view: dict[str, Any]) -> Record:
     turns = _prompt(view)
     if turns[-1].role == "assistant":
         raise Unfit("has a prompt that ends with an assistant turn")
-    return Record(0, "prompts", messages=turns, answer=view.get("answer"), verifier=_optional(view, "verifier"))
+    return Record(
+        0,
+        "prompts",
+        messages=turns,
+        tools=_tools(view),
+        answer=view.get("answer"),
+        verifier=_optional(view, "verifier"),
+    )
 
 
 def _text(view: dict[str, Any]) -> Record:

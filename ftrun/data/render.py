@@ -7,8 +7,10 @@ those that generation sees, and the trained span needs no search for strings.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,31 +18,14 @@ from typing import Any, Literal
 import numpy as np
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from ftrun.data.chat import WAY_OUT, ChatTemplate, Conversation
 from ftrun.data.encode import Encoder, Segment
-from ftrun.data.records import Message, Record
+from ftrun.data.literals import OPEN, Unspellable
+from ftrun.data.records import Message, Record, answers
 from ftrun.data.tokens import Sequence
 from ftrun.errors import ConfigError, DataError, nearest
 
 TEMPLATES = Path(__file__).parent / "templates"
-WAY_OUT = "Give one with model.template=chatml|alpaca|plain, or model.template=FILE.jinja."
-# Templates that write the date get this one: tokens must not change overnight.
-DATE = {
-    "%-d": "26",
-    "%d": "26",
-    "%b": "Jul",
-    "%B": "July",
-    "%m": "07",
-    "%Y": "2024",
-    "%y": "24",
-    "%A": "Friday",
-    "%a": "Fri",
-}
-CLOCK = (
-    "{%- macro strftime_now(format) -%}{{- format"
-    + "".join(f"|replace('{code}', '{text}')" for code, text in DATE.items())
-    + " -}}{%- endmacro -%}"
-)
-
 TrainOn = Literal["responses", "last_response", "all"]
 
 
@@ -61,7 +46,8 @@ def apply_template(tokenizer: Any, setting: str | None) -> None:
             f"the template {setting} ends a response with the end-of-text token, and the tokenizer has none",
             f"model.template={setting}",
         )
-    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    begins = "{{- bos_token -}}" if setting in built_in and _adds_bos(tokenizer) else ""
+    tokenizer.chat_template = begins + file.read_text(encoding="utf-8")
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
     except TemplateSyntaxError as error:
@@ -76,6 +62,12 @@ def apply_template(tokenizer: Any, setting: str | None) -> None:
         ) from error
 
 
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins a text with its BOS; one that merely has a BOS does not."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
 def prompt_ids(record: Record, tokenizer: Any) -> list[int]:
     """Tokens after which the model is to write the record's response."""
     return Renderer(tokenizer).prompt_ids(record)
@@ -88,28 +80,63 @@ class Renderer:
     tokenizer: Any
     train_on: TrainOn = "responses"
     labels: ListLike[str | int] = ()  # class names, for kind "labels"
+    spelled: Counter[str] = field(default_factory=Counter)  # rows that write a control token in a message, by token
 
     def sequences(self, record: Record, where: str = "") -> list[Sequence]:
         """One sequence, or chosen and rejected for a pair."""
         return self.batch([record], [where])[0]
 
-    def batch(self, records: list[Record], where: list[str]) -> list[list[Sequence]]:
-        """Sequences of each record; ``where`` is the origin of each, for errors. One call of the tokenizer for all."""
+    def batch(
+        self, records: list[Record], where: list[str], refused: dict[int, DataError] | None = None
+    ) -> list[list[Sequence]]:
+        """Sequences of each record; ``where`` is the origin of each, for errors. One call of the tokenizer for all.
+
+        With ``refused`` a row that cannot be trained has no sequences, and stands there with the reason.
+        """
+        places = list(zip(records, where, strict=True))
         if not records or records[0].kind == "labels":
-            return [[self._labelled(record, place)] for record, place in zip(records, where, strict=True)]
+            return [self._or_refused(self._labelled, record, place, refused) for record, place in places]
         if records[0].kind == "text":
-            return [[self._plain_text(record, place)] for record, place in zip(records, where, strict=True)]
-        rendered = [self._segments(record, place) for record, place in zip(records, where, strict=True)]
-        tokens = iter(self._encoder.encode([sequence for parts in rendered for sequence in parts]))
+            return [self._or_refused(self._plain_text, record, place, refused) for record, place in places]
+        rendered = [self._or_refused(self._segments, record, place, refused) for record, place in places]
+        plain = [sequence for parts in rendered for sequence in parts if not _hides(sequence)]
+        tokens = iter(self._encoder.encode(plain))
         made = []
-        for record, place, parts in zip(records, where, rendered, strict=True):
-            made.append([self._sequence(record, place, segments, next(tokens)) for segments in parts])
+        for (record, place), parts in zip(places, rendered, strict=True):
+            ids = [self._encoder.encode([one])[0] if _hides(one) else next(tokens) for one in parts]
+            made.append(self._or_refused(self._joined, record, place, refused, parts, ids))
         return made
+
+    def _or_refused(
+        self,
+        make: Callable[..., list[Any]],
+        record: Record,
+        where: str,
+        refused: dict[int, DataError] | None,
+        *parts: Any,
+    ) -> list[Any]:
+        """What is made of a record; nothing where it was or is refused, and that is only to be noted."""
+        if refused is None:
+            return make(record, where, *parts)
+        if record.id in refused:
+            return []
+        try:
+            return make(record, where, *parts)
+        except DataError as error:
+            refused[record.id] = error
+            return []
+
+    def _joined(
+        self, record: Record, where: str, parts: list[list[Segment]], ids: list[list[list[int]]]
+    ) -> list[Sequence]:
+        return [self._sequence(record, where, *one) for one in zip(parts, ids, strict=True)]
 
     def prompt_ids(self, record: Record, where: str = "") -> list[int]:
         """Tokens after which the model is to write the record's response; what it was trained on, cut before the response."""
         messages = record.prompt if record.kind in ("sft", "binary") else record.messages
-        segments = self._conversation(list(messages), range(0), where, generate=True)
+        segments = self._conversation(record, list(messages), [0.0] * len(messages), where, generate=True)
+        if _hides(segments):
+            self._refuse_unspellable(record, segments, where)
         return [token for part in self._encoder.encode([segments])[0] for token in part]
 
     @cached_property
@@ -117,10 +144,14 @@ class Renderer:
         return Encoder(self.tokenizer)
 
     @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
+    @cached_property
     def end_of_turn(self) -> int:
         """The token that closes an assistant's turn: what the model learns to stop with."""
         probe = [Message("user", "a"), Message("assistant", "b")]
-        segments = self._conversation(probe, range(1, 2), "", generate=False)
+        segments = self._conversation(Record(0, "sft"), probe, [0.0, 1.0], "", generate=False)
         tokens = self._encoder.encode([segments])[0]
         end = self._encoder.turn_end(tokens[-1])
         if end is None:
@@ -134,29 +165,87 @@ class Renderer:
     # ---- segments ----
 
     def _segments(self, record: Record, where: str) -> list[list[Segment]]:
+        """Segments of the record's one conversation, or of both sides of a pair."""
         if record.kind == "prompts":
-            return [self._conversation(list(record.messages), range(0), where, generate=True)]
-        if record.kind == "pairs":
-            start = len(record.messages)
-            sides = [[*record.messages, *side] for side in (record.chosen, record.rejected)]
-            return [self._conversation(side, range(start, len(side)), where, generate=False) for side in sides]
-        count = len(record.messages)
-        first = count - 1 if self.train_on == "last_response" else 0
-        return [self._conversation(list(record.messages), range(first, count), where, generate=False)]
+            sides, start = [list(record.messages)], len(record.messages)
+        elif record.kind == "pairs":
+            sides, start = (
+                [[*record.messages, *side] for side in (record.chosen, record.rejected)],
+                len(record.messages),
+            )
+        else:
+            sides = [list(record.messages)]
+            start = len(record.messages) - 1 if self.train_on == "last_response" else 0
+        asks = record.kind == "prompts"
+        made = [
+            self._conversation(record, side, self._weights(record, side, start, where), where, asks) for side in sides
+        ]
+        named: set[str] = set()
+        for segments in filter(_hides, made):
+            named |= self._encoder.literals.named("".join(segment.text for segment in segments))
+            self._refuse_unspellable(record, segments, where)
+        self.spelled.update(named)
+        return made
 
-    def _conversation(self, messages: list[Message], trained: range, where: str, generate: bool) -> list[Segment]:
-        """Segments of a conversation; assistant turns whose index is in ``trained`` carry loss.
+    def _refuse_unspellable(self, record: Record, segments: list[Segment], where: str) -> None:
+        try:
+            self._encoder.encode([segments])
+        except Unspellable as error:
+            raise DataError(
+                f"row {record.id} writes {error} in a message, and the tokenizer can only read it as a control token",
+                where,
+                "Write it in other words, or leave the row out.",
+            ) from None
 
-        An assistant turn that opens the conversation is context: there is nothing that it answers.
+    def _weights(self, record: Record, messages: list[Message], start: int, where: str) -> list[float]:
+        """Weight of every turn in the loss: what the file says of it, 1 where it says nothing; 0 before ``start``."""
+        answered = set(answers(messages))
+        return [
+            self._answer_weight(record, turn.weight, where) * (at >= start)
+            if at in answered
+            else self._no_answer(record, turn, at, where)
+            for at, turn in enumerate(messages)
+        ]
+
+    def _answer_weight(self, record: Record, asked: float | None, where: str) -> float:
+        if record.kind == "pairs" and asked not in (None, 0, 1):
+            raise DataError(
+                f"row {record.id} gives an answer of a pair the weight {asked:g}", where, "Use 0 or 1, or leave it out."
+            )
+        return 1.0 if asked is None else asked
+
+    def _no_answer(self, record: Record, turn: Message, at: int, where: str) -> float:
+        """0, the weight of a turn that is no answer; refused where the file wants another than training gives it."""
+        everything = self._trains_all(record)
+        if turn.weight is None or turn.weight == float(everything):
+            return 0.0
+        who = f"the {turn.role} speaks" if turn.role != "assistant" else "opens the conversation"
+        raise DataError(
+            f"row {record.id} gives turn {at + 1}, which {who}, the weight {turn.weight:g}, and "
+            + ("data.train_on=all trains every turn" if everything else "only answers are trained"),
+            where,
+            "Use data.train_on=responses."
+            if everything
+            else "Remove that weight, or train every turn with data.train_on=all.",
+        )
+
+    def _trains_all(self, record: Record) -> bool:
+        return self.train_on == "all" and record.kind in ("sft", "binary")
+
+    def _conversation(
+        self, record: Record, messages: list[Message], weights: list[float], where: str, generate: bool
+    ) -> list[Segment]:
+        """Segments of a conversation, whose turns have these weights.
+
+        An assistant turn before anybody else spoke is context: there is nothing that it answers.
         """
+        chat = self._chat.conversation(messages, record.tools, where)
         segments: list[Segment] = []
         done = ""
-        turns = [index for index, message in enumerate(messages) if message.role == "assistant" and index > 0]
+        turns = answers(messages)
+        said: dict[int, str] = {}
         for index in turns:
-            prompt, answered = (
-                self._render(messages[:index], True, where),
-                self._render(messages[: index + 1], False, where),
-            )
+            prompt, answered = chat.text(index, True), chat.text(index + 1, False)
             if not answered.startswith(prompt):
                 raise ConfigError(
                     "the chat template's generation prompt is not how it begins an assistant's turn: training and generation would differ",
@@ -164,64 +253,45 @@ class Renderer:
                     WAY_OUT,
                 )
             if not prompt.startswith(done):
-                return self._last_turn_only(messages, turns, trained, where, generate)
-            segments += [
-                Segment(prompt[len(done) :], False),
-                Segment(answered[len(prompt) :], index in trained, response=True),
-            ]
+                return self._last_turn_only(record, chat, weights, generate)
+            said[index] = answered[len(prompt) :]
+            segments += [Segment(prompt[len(done) :], 0.0), Segment(said[index], weights[index], response=True)]
             done = answered
         if not turns or turns[-1] != len(messages) - 1:
-            rest = self._render(messages, generate, where)
+            rest = chat.text(len(messages), generate)
             if not rest.startswith(done):
-                return self._last_turn_only(messages, turns, trained, where, generate)
-            segments.append(Segment(rest[len(done) :], False))
+                return self._last_turn_only(record, chat, weights, generate)
+            segments.append(Segment(rest[len(done) :], 0.0))
+            done = rest
+        chat.check_said(done, {at: text for at, text in said.items() if weights[at] > 0})
         return [segment for segment in segments if segment.text]
 
     def _last_turn_only(
-        self, messages: list[Message], turns: list[int], trained: range, where: str, generate: bool
+        self, record: Record, chat: Conversation, weights: list[float], generate: bool
     ) -> list[Segment]:
         """For templates that rewrite earlier turns (dropped thoughts): the prompt in one piece, and the last response."""
-        if any(index in trained for index in turns[:-1]):
+        last = len(weights) - 1
+        earlier = [at for at in answers(chat.messages) if at < last]
+        if any(weights[at] > 0 or (self._trains_all(record) and chat.messages[at].weight == 0) for at in earlier):
             raise DataError(
                 "the chat template rewrites earlier turns as the conversation goes on, so not all of them can be trained in one row",
-                where,
+                chat.where,
                 "Train the last one with data.train_on=last_response, or give another template with model.template.",
             )
-        if generate or turns[-1] != len(messages) - 1:
-            return [Segment(self._render(messages, generate, where), False)]
-        prompt, whole = self._render(messages[:-1], True, where), self._render(messages, False, where)
-        return [Segment(prompt, False), Segment(whole[len(prompt) :], turns[-1] in trained, response=True)]
-
-    def _render(self, messages: list[Message], generate: bool, where: str) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return self.tokenizer.apply_chat_template(
-                turns, chat_template=self._template, tokenize=False, add_generation_prompt=generate
-            )
-        except TemplateError as error:
-            roles = ", ".join(message.role for message in messages)
-            raise DataError(
-                f"the chat template refuses this conversation ({roles}): {error}",
-                where,
-                "Change the row, or give another template with model.template.",
-            ) from error
-
-    @cached_property
-    def _template(self) -> str:
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                "the tokenizer has no chat template, so nobody can say what a conversation looks like to the model",
-                "model.template",
-                WAY_OUT,
-            )
-        template = self.tokenizer.get_chat_template()
-        return CLOCK + template if "strftime_now" in template else template
+        whole = chat.text(last + 1, generate)
+        if generate or last not in answers(chat.messages):
+            chat.check_said(whole, {})
+            return [Segment(whole, 0.0)]
+        prompt = chat.text(last, True)
+        chat.check_said(whole, {last: whole[len(prompt) :]} if weights[last] > 0 else {})
+        return [Segment(prompt, 0.0), Segment(whole[len(prompt) :], weights[last], response=True)]
 
     # ---- tokens ----
 
     def _sequence(self, record: Record, where: str, segments: list[Segment], parts: list[list[int]]) -> Sequence:
         ids = np.array([token for part in parts for token in part], np.int32)
-        weight = np.zeros(len(ids), np.float32)
+        everything = self._trains_all(record)
+        weight = np.full(len(ids), float(everything), np.float32)
         start = 0
         for segment, part in zip(segments, parts, strict=True):
             if segment.trained:
@@ -232,15 +302,16 @@ class Renderer:
                         where,
                         "The chat template does not close this turn; give another with model.template.",
                     )
-                weight[start : start + end + 1] = 1.0
+                weight[start : start + end + 1] = segment.weight
+            elif segment.response:
+                weight[start : start + len(part)] = 0.0
             start += len(part)
-        if self.train_on == "all" and record.kind in ("sft", "binary"):
-            weight[1:] = 1.0
+        weight[:1] = 0.0  # nothing predicts it
         self._refuse_double_bos(ids, record, where)
         label = int(record.label) if record.kind == "binary" and record.label is not None else -1
         return Sequence(ids, weight, record.id, label)
 
-    def _plain_text(self, record: Record, where: str) -> Sequence:
+    def _plain_text(self, record: Record, where: str) -> list[Sequence]:
         """Tokens of a text as the tokenizer begins it, and the end-of-text token; all are trained but the first."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
@@ -254,9 +325,9 @@ class Renderer:
         weight = np.ones(len(tokens), np.float32)
         weight[:1] = 0.0
         self._refuse_double_bos(tokens, record, where)
-        return Sequence(tokens, weight, record.id)
+        return [Sequence(tokens, weight, record.id)]
 
-    def _labelled(self, record: Record, where: str, max_length: int | None = None) -> Sequence:
+    def _labelled(self, record: Record, where: str, max_length: int | None = None) -> list[Sequence]:
         if record.label is None or record.label not in self.labels:
             raise DataError(
                 f'row {record.id} has the label "{record.label}", which the training rows do not have',
@@ -265,12 +336,12 @@ class Renderer:
             )
         cut: dict[str, Any] = {"truncation": max_length is not None, "max_length": max_length, "verbose": False}
         ids = np.array(self.tokenizer(record.text, record.text_pair, **cut)["input_ids"], np.int32)
-        return Sequence(ids, np.zeros(len(ids), np.float32), record.id, list(self.labels).index(record.label))
+        return [Sequence(ids, np.zeros(len(ids), np.float32), record.id, list(self.labels).index(record.label))]
 
     def truncated(self, record: Record, sequence: Sequence, max_length: int, where: str) -> Sequence:
         """The first ``max_length`` tokens; a labelled text is cut by its tokenizer, which keeps the closing token."""
         if record.kind == "labels":
-            return self._labelled(record, where, max_length)
+            return self._labelled(record, where, max_length)[0]
         return Sequence(
             sequence.input_ids[:max_length], sequence.loss_weight[:max_length], sequence.record, sequence.label
         )
@@ -299,6 +370,10 @@ class Renderer:
             raise DataError(
                 f"row {record.id} begins with {self.tokenizer.bos_token} twice: {source}", where, "Remove one of them."
             )
+
+
+def _hides(segments: list[Segment]) -> bool:
+    return any(OPEN in segment.text for segment in segments)
 
 
 def _difference(expected: str, found: str) -> str:

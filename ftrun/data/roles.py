@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ftrun.data.records import Record
 from ftrun.data.render import Renderer, TrainOn
 
 if TYPE_CHECKING:
@@ -29,9 +31,14 @@ def with_roles(table: TokenTable, pool: Pool, tokenizer: Any, train_on: TrainOn)
     answers = np.zeros(len(table.input_ids), bool)
     rows = ((index, pool[int(id)]) for index, id in enumerate(table.record))
     while batch := list(islice(rows, BATCH)):
-        records = [record for _, record in batch]
+        records = [_unweighed(record) for _, record in batch]
         rendered = Renderer(tokenizer).batch(records, [pool.origin(record.id) for record in records])
         for (index, _), (sequence,) in zip(batch, rendered, strict=True):
             start, end = table.offsets[index], table.offsets[index + 1]
             answers[start:end] = sequence.loss_weight[: end - start] > 0
     return table.with_role(answers)
+
+
+def _unweighed(record: Record) -> Record:
+    """The record as if it said nothing of what is trained: every answer is one."""
+    return replace(record, messages=tuple(replace(turn, weight=None) for turn in record.messages))

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ftrun.data.records import Record
+from ftrun.data.records import Message, Record
 from ftrun.data.sources import Raw
 from ftrun.errors import DataError
 from ftrun.runs.artifacts import disk_guard
@@ -138,8 +138,17 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def content_hash(record: Record) -> int:
     """64-bit hash of what a row says, whatever its layout, file, position and further columns."""
-    turns = [[[turn.role, turn.content] for turn in part] for part in (record.messages, record.chosen, record.rejected)]
-    return _hash64([record.kind, *turns, record.text, record.text_pair, record.label])
+    turns = [[_said(turn) for turn in part] for part in (record.messages, record.chosen, record.rejected)]
+    tools = [record.tools] if record.tools else []
+    return _hash64([record.kind, *turns, record.text, record.text_pair, record.label, *tools])
+
+
+def _said(turn: Message) -> list[Any]:
+    """Role and content, and what else the turn has: most have nothing, and their hashes are as they always were."""
+    weight = None if turn.weight == 1 else turn.weight
+    further = {"weight": weight, "thought": turn.thought, "calls": turn.calls, "of": turn.name, "to": turn.call_id}
+    told = {key: value for key, value in further.items() if value not in (None, "", ())}
+    return [turn.role, turn.content, told] if told else [turn.role, turn.content]
 
 
 def row_hash(fields: dict[str, Any]) -> int:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ftrun.errors import ConfigError
 from ftrun.models.head import Head
 from ftrun.models.packing import Way, find_way, masked_inputs, packed_inputs, require_masks
+from ftrun.models.precision import products_of
 from ftrun.models.wrappers import adds_virtual_tokens, kept_output, own_logits, unwrap
 
 if TYPE_CHECKING:
@@ -171,7 +172,10 @@ class Architecture:
         base = unwrap(model)
         module = base.get_submodule(self.head_name)
         if self.plain_head and type(module) is nn.Linear:
-            return Head(module.weight, module.bias, self.scale, self.cap, vocabulary=module.out_features)
+            narrow = products_of(base)
+            return Head(
+                module.weight, module.bias, self.scale, self.cap, vocabulary=module.out_features, products=narrow
+            )
         return Head(
             None, vocabulary=getattr(module, "out_features", self.vocabulary), forward=own_logits(base, self.backbone)
         )

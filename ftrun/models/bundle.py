@@ -24,6 +24,14 @@ class Bundle:
     context_length: int  # tokens that the model can attend to
 
     @property
+    def computes(self) -> dict[str, str]:
+        """What it computes with: for keys of what is kept (quantisation apart, which is the config's to name)."""
+        config: Any = self.model.config
+        attention = config.get_text_config(decoder=True)._attn_implementation
+        dtype, device = str(self.dtype), self.device.type
+        return {"fingerprint": self.fingerprint, "dtype": dtype, "attention": attention, "device": device}
+
+    @property
     def pad_id(self) -> int:
         """Id that fills the right of a batch; never seen by attention or loss."""
         return self.tokenizer.pad_token_id or 0

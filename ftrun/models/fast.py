@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from ftrun.errors import ConfigError
 from ftrun.models import kernels
 from ftrun.models.wrappers import adds_virtual_tokens, unwrap
 
@@ -129,9 +130,19 @@ def speed_up(model: nn.Module) -> list[str]:
 
 
 def packs_for_free(model: nn.Module, architecture: Architecture) -> bool:
-    """Whether rows joined into one cost no more attention than rows apart: then joining saves all padding."""
+    """Whether rows joined into one cost no more attention than rows apart, and stay apart: then joining saves all padding.
+
+    The second is tried on a few tokens: with 8-bit weights, for one, what else is in a batch decides how inputs are
+    rounded.
+    """
     whole = all(any(isinstance(part, FastAttention) for part in layer.modules()) for layer in architecture.layers)
-    return whole and not adds_virtual_tokens(model)
+    if not whole or adds_virtual_tokens(model):
+        return False
+    try:
+        architecture.packing_way(model)
+    except ConfigError:  # nobody has asked for it
+        return False
+    return True
 
 
 _subclasses: dict[tuple[type, type], type] = {}

@@ -15,7 +15,8 @@ def folder_fingerprint(folder: Path) -> str:
     """First 16 hex digits of the SHA-256 over weights, config, tokenizer and template; independent of where they lie."""
     digest = hashlib.sha256()
     known = _Known()
-    for file in [*weight_files(folder), *tokenizer_files(folder)]:
+    own_code = sorted(folder.glob("*.py"))  # run where model.trust_remote_code allows it
+    for file in [*weight_files(folder), *tokenizer_files(folder), *own_code]:
         digest.update(f"{file.name} {known.sha256(file)}\n".encode())
     known.save()
     return digest.hexdigest()[:16]

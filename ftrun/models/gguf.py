@@ -12,17 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from ftrun.errors import ConfigError, ResourceError
-from ftrun.runs.artifacts import cache_dir
+from ftrun.runs.artifacts import cache_dir, digest
+from ftrun.runs.lockfile import version
 
-CONVERSION = "1"  # part of a cached folder's name: raise it when the conversion changes
+CONVERSION = "1"  # raise it when the conversion changes
+CONVERTERS = ("transformers", "gguf")  # what reads the weights and the tokenizer
 EXACT_BYTES = 2 * 2**30  # larger files are kept in bfloat16, which is below their own rounding
+
+
+def made_by() -> str:
+    """The end of a cached folder's name: which conversion made it, by which versions of the libraries."""
+    return f"{CONVERSION}-{digest([version(name) for name in CONVERTERS])[:8]}"
 
 
 def converted(gguf: Path) -> Path:
     """The cached safetensors folder of a GGUF file, made the first time. Known by path, size and time of change."""
     facts = gguf.stat()
     key = hashlib.sha256(f"{gguf.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:12]
-    return convert_once(gguf, cache_dir() / "models" / f"{gguf.stem}-{key}-{CONVERSION}")
+    return convert_once(gguf, cache_dir() / "models" / f"{gguf.stem}-{key}-{made_by()}")
 
 
 def convert_once(gguf: Path, folder: Path, finish: Callable[[Any, Any], None] | None = None) -> Path:

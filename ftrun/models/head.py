@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,14 +30,24 @@ class Head:
     cap: float | None = None  # Gemma
     vocabulary: int = 0
     forward: Callable[[Tensor], Tensor] | None = None
+    products: torch.dtype | None = None  # of the products with the weight; None: the weight's own
+
+    def inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states and the weight as their product wants them: in the dtype of autocast where it is on."""
+        assert self.weight is not None
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.products
+        dtype = dtype or self.weight.dtype
+        return hidden.to(dtype), self.weight.to(dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states (..., width) -> (..., vocabulary)."""
         if self.forward is not None:
             flat = self.forward(hidden.reshape(-1, hidden.shape[-1]))
             return flat.reshape(*hidden.shape[:-1], flat.shape[-1])
-        assert self.weight is not None
-        return _bend(F.linear(hidden, self.weight, self.bias), self.scale, self.cap)
+        hidden, weight = self.inputs(hidden)
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        return _bend(F.linear(hidden, weight, bias), self.scale, self.cap)
 
 
 def token_nll(hidden: Tensor, head: Head, target_ids: Tensor) -> Tensor:
@@ -47,10 +57,8 @@ def token_nll(hidden: Tensor, head: Head, target_ids: Tensor) -> Tensor:
     """
     if head.forward is not None:
         return _module_nll(hidden, head, target_ids)
-    weight, bias = head.weight, head.bias
-    assert weight is not None
-    device = hidden.device.type
-    hidden, weight = in_product_dtype(hidden, weight)
+    bias, device = head.bias, hidden.device.type
+    hidden, weight = head.inputs(hidden)
     with torch.autocast(device, enabled=False):
         trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
         if trains_head and torch.is_grad_enabled():
@@ -68,7 +76,8 @@ def token_entropy(hidden: Tensor, head: Head) -> Tensor:
     At most ``LOGITS_BYTES`` of logits exist at a time.
     """
     if head.weight is not None:
-        hidden = hidden.to(head.weight.dtype)
+        hidden, weight = head.inputs(hidden)
+        head = replace(head, weight=weight)  # narrowed once, not in every chunk
     entropy = hidden.new_empty(len(hidden), dtype=accurate_dtype(hidden.dtype))
     for rows in row_chunks(len(hidden), head.vocabulary, entropy.element_size(), buffers=3):
         logits = head.logits(hidden[rows]).to(entropy.dtype)
@@ -184,13 +193,6 @@ def _module_nll(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
         for rows in row_chunks(len(hidden), head.vocabulary, size, buffers=3)
     ]
     return torch.cat(parts) if parts else hidden.sum(-1).to(accurate_dtype(hidden.dtype))
-
-
-def in_product_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as their product wants them: in the dtype of autocast where it is on, else in that of the weight."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return hidden.to(dtype), weight.to(dtype)
 
 
 def add_gradients_(

@@ -24,8 +24,8 @@ from ftrun.models.bundle import Bundle
 from ftrun.models.fast import speed_up
 from ftrun.models.fingerprint import folder_fingerprint
 from ftrun.models.quiet import without_bars
-from ftrun.models.source import model_folder, weight_files
-from ftrun.quant.base import Quant
+from ftrun.models.source import model_folder, origin, weight_files
+from ftrun.quant.base import Quant, keep_unpacked
 from ftrun.runs.memory import memory_guard
 
 Task = Literal["causal", "classify"]
@@ -70,9 +70,12 @@ def load_bundle(
             output_loading_info=True,
             **arguments,
         )
+    # what saved files say of their base; ``loaded.name_or_path`` stays the folder, to read it again
+    loaded.config._name_or_path, loaded.config._commit_hash = origin(model, folder)
     architecture = describe(loaded)
     _check_weights(report["missing_keys"], loaded, architecture.backbone, task, folder)
     _check_vocabulary(tokenizer, architecture.vocabulary, folder)
+    keep_unpacked(loaded)
     speed_up(loaded)
     return Bundle(
         model=loaded.eval(),
@@ -118,14 +121,23 @@ def fingerprint(model: ModelConfig) -> str:
     return folder_fingerprint(model_folder(model))
 
 
+def resolved(model: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """What ``model`` computes with on ``device``: for keys of what is kept, and independent of where its files lie."""
+    return {
+        "fingerprint": fingerprint(model),
+        "dtype": str(resolve_dtype(model.dtype, device)),
+        "attention": attention_for(load_config(model), model.attention, device),
+        "device": device.type,
+    }
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device computes in it, else float32; on most CPUs bfloat16 is many times slower."""
+    """``auto`` is float32 on every CPU, so that numbers agree between machines; bfloat16 on a GPU that computes in it."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    fast = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if fast else torch.float32
+    return torch.float32
 
 
 def attention_for(config: Any, wanted: str, device: torch.device) -> str:

@@ -33,8 +33,10 @@ def model_folder(model: ModelConfig, weights: bool = True) -> Path:
             raise _missing(local, "file")
         return converted(local)
     if local.is_dir():
-        _check_folder(local, weights)
-        return local
+        run = not (local / "config.json").is_file() and (local / "config.yaml").is_file()
+        folder = local / "model" if run and (local / "model").is_dir() else local
+        _check_folder(folder, weights)
+        return folder
     if local.is_file():
         raise ConfigError(
             f"{path} is a file", "model.path", "Name the folder that holds it, a .gguf file, or a hub id."
@@ -44,6 +46,19 @@ def model_folder(model: ModelConfig, weights: bool = True) -> Path:
     folder = _from_hub(model, weights)
     _check_folder(folder, weights)
     return folder
+
+
+def origin(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
+    """Name and revision by which others find the model that was found in ``folder``; no path into a cache.
+
+    A hub id comes with the commit that was loaded, where the hub's cache tells; a path is the user's own, made absolute.
+    """
+    if model.path.startswith("builtin:"):
+        return model.path, None
+    local = Path(model.path).expanduser()
+    if local.exists():
+        return os.path.abspath(local), None
+    return model.path, folder.name if folder.parent.name == "snapshots" else model.revision
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -86,7 +101,9 @@ def _check_folder(folder: Path, weights: bool) -> None:
     where = f"model.path={folder}"
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise ConfigError(f"{folder} holds an adapter, not a model", where, "Name its base model, or use run=RUN.")
+            raise _adapter_alone(folder, where)
+        if (folder / "config.yaml").is_file():
+            raise _run_without_model(folder, where)
         ggufs = sorted(folder.glob("*.gguf"))
         hint = (
             f"Use model.path={ggufs[0]}."
@@ -114,6 +131,29 @@ def _check_folder(folder: Path, weights: bool) -> None:
             else ""
         )
         raise ConfigError(f"{folder} has no model.safetensors", where, hint)
+
+
+def _run_without_model(run: Path, where: str) -> ConfigError:
+    if not (run / "adapter").is_dir():
+        return ConfigError(f"{run} is a run that has saved no model", where, f"Finish it: ftrun train resume={run}.")
+    return ConfigError(
+        f"{run} is a run that has trained an adapter, not a model",
+        where,
+        f"Use run={run} with eval, generate and train, or merge it, ftrun merge run={run}, and give {run / 'model'}.",
+    )
+
+
+def _adapter_alone(folder: Path, where: str) -> ConfigError:
+    """An adapter of ours belongs to a run; any other one must be merged by whoever made it."""
+    what = f"{folder} holds an adapter, not a model"
+    if (folder.parent / "config.yaml").is_file():
+        return ConfigError(what, where, _run_without_model(folder.parent, where).todo)
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    return ConfigError(
+        what,
+        where,
+        f"Merge it into its base {base} with peft (merge_and_unload, save_pretrained, and the tokenizer), and name that folder.",
+    )
 
 
 def _from_hub(model: ModelConfig, weights: bool) -> Path:

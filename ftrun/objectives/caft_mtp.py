@@ -168,8 +168,8 @@ class CaftMtp(TokenLoss):
         """Stage A; heads of an earlier run with the same model, rows and settings are taken from the cache."""
         table = self._general_rows(path, bundle, ctx)
         training = self._training(self.general_epochs)
-        key, kept = training.key(table, bundle, self.heads, ctx.seed), folder / "general"
-        there = stagecache.fetch("caft_heads", key, kept) if ctx.team.rank == 0 else False
+        key, kept = training.key(table, bundle, self.heads, ctx), folder / "general"
+        there = stagecache.fetch(key, kept) if ctx.team.rank == 0 else False
         if ctx.team.gather_object(there)[0]:
             ctx.report.note("stage A: heads trained before on these rows are reused")
             self._load(kept / FILE)
@@ -177,7 +177,7 @@ class CaftMtp(TokenLoss):
         ctx.report.note(f"stage A: {self.heads} heads learn {len(table):,} rows of {path}")
         training.run(self.future, table, bundle, ctx, kept)
         if ctx.team.rank == 0:
-            stagecache.keep("caft_heads", key, [self._save(kept)])
+            stagecache.keep(key, [self._save(kept)])
 
     def _general_rows(self, path: str, bundle: Bundle, ctx: Context) -> TokenTable:
         data = replace(ctx.settings.data, path=path, format="auto", columns={}, weights=None, limit=None)

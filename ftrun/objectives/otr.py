@@ -19,7 +19,6 @@ from ftrun.models.head import (
     accurate_dtype,
     add_gradients_,
     chunk_logits,
-    in_product_dtype,
     logits_space,
     row_chunks,
     slope_of_cap,
@@ -95,9 +94,8 @@ class Otr(Objective):
         self, head: Head, hidden: Tensor, gold: Tensor, chances: Tensor | None, factors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of the losses times ``factors``; nll and share of every gold token, (tokens,) each, without gradient."""
-        assert head.weight is not None
         device, grad = hidden.device.type, torch.is_grad_enabled()
-        hidden, weight = in_product_dtype(hidden, head.weight)
+        hidden, weight = head.inputs(hidden)
         with torch.autocast(device, enabled=False):
             return _SummedRollouts.apply(hidden, weight, head.bias, head, gold, chances, factors.detach(), self, grad)
 

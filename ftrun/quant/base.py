@@ -30,8 +30,18 @@ class Quant:
         return None
 
 
-def freeze_for_training(model: nn.Module) -> nn.Module:
-    """Freeze a quantised model, and hold norms, embeddings and head in float32."""
-    from peft import prepare_model_for_kbit_training
+def keep_unpacked(model: nn.Module) -> None:
+    """Leave 4-bit weights in the layout that training reads, whatever the processor.
 
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    On CPUs with AVX512-BF16 bitsandbytes packs a weight for inference in the first evaluation; no gradient passes the
+    packed product, and the weight is never unpacked again.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def freeze_for_training(model: nn.Module) -> nn.Module:
+    """Freeze a quantised model; norms, embeddings and head keep the model's dtype."""
+    keep_unpacked(model)
+    return model.requires_grad_(False)

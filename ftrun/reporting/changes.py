@@ -93,7 +93,7 @@ class Change:
 def changes(
     before: Mapping[str, Any], after: Mapping[str, Any], paired: Mapping[str, Mapping[str, float]] | None = None
 ) -> list[Change]:
-    """All metrics of two results files, in the order of the later one.
+    """All metrics of two results files, in the order of the later one; what was measured on other rows is no change.
 
     ``paired`` holds what ``paired_errors`` found, by evaluator.
     """
@@ -106,6 +106,8 @@ def changes(
     made = []
     for evaluator, metric in names:
         old, new = (_metrics(results, evaluator).get(metric) for results in (before, after))
+        if new is not None and not same_rows(before.get(evaluator), after.get(evaluator)):
+            old = None
         up = next(
             (raw["higher_is_better"] for raw in (new, old) if isinstance(raw, Mapping) and "higher_is_better" in raw),
             None,
@@ -118,6 +120,17 @@ def changes(
                 error = sides[1].value * errors["loss"]  # first order: d exp(x) = exp(x) dx
             made.append(Change(evaluator, metric, *sides, _direction(metric, up), error))
     return made
+
+
+def same_rows(before: Any, after: Any) -> bool:
+    """Whether an evaluator asked the same rows in the same way both times, as its metrics say; results may not say it."""
+    asked = [
+        {metric.get("rows") for metric in metrics.values() if isinstance(metric, Mapping)}
+        if isinstance(metrics, Mapping)
+        else set()
+        for metrics in (before, after)
+    ]
+    return not (asked[0] and asked[1]) or asked[0] == asked[1]
 
 
 def _metrics(results: Mapping[str, Any], evaluator: str) -> Mapping[str, Any]:

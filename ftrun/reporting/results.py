@@ -9,6 +9,7 @@ import numpy as np
 
 from ftrun.evaluation.base import higher_is_better
 from ftrun.reporting.changes import Change, Measured, number
+from ftrun.reporting.gain import gain
 from ftrun.reporting.histograms import interval, scatter
 from ftrun.reporting.markup import Markup, clipped, tag, template_markers
 from ftrun.reporting.run import Run
@@ -39,7 +40,13 @@ def key_numbers(run: Run) -> Markup | None:
         "± is one standard error. A change below about two of its own standard errors is called noise; "
         "it is taken over the differences of single rows where both sides list them. In the small plots the ring is before, the dot after, the lines reach two standard errors."
     )
-    return Markup(tag("div", table, class_="scroll") + (tag("p", note, class_="note") if compared else ""))
+    said = gain(run)
+    parts = [
+        tag("p", said) if said else "",
+        tag("div", table, class_="scroll"),
+        tag("p", note, class_="note") if compared else "",
+    ]
+    return Markup("".join(parts))
 
 
 def _change_row(change: Change, compared: bool) -> Markup:
@@ -76,7 +83,7 @@ def _delta(change: Change) -> Markup:
 
 def predictions_section(run: Run) -> Markup | None:
     """A few rows of every evaluator, those that changed first."""
-    before = run.predictions(before=True)
+    before = run.earlier
     parts = []
     for evaluator, rows in run.predictions().items():
         earlier = before.get(evaluator, [])

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import yaml
 
-from ftrun.reporting.changes import Change, changes, number
+from ftrun.reporting.changes import Change, changes, number, same_rows
 from ftrun.reporting.paired import paired_errors
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Run:
     path: Path
     unreadable: list[str] = field(default_factory=list)
     selection_in: str = "selection"  # folder of the selection, below path
+    evaluated_in: str = "eval"  # folder of the results, below path
 
     @cached_property
     def config_text(self) -> str:
@@ -50,9 +51,23 @@ class Run:
 
     @cached_property
     def changes(self) -> list[Change]:
-        before, after = self.predictions(before=True), self.predictions()
+        before, after = self.earlier, self.predictions()
         paired = {name: paired_errors(before[name], rows) for name, rows in after.items() if name in before}
-        return changes(self._json("eval/before.json"), self._json("eval/results.json"), paired)
+        return changes(*self._results, paired)
+
+    @cached_property
+    def earlier(self) -> dict[str, list[dict[str, Any]]]:
+        """Predictions before training of the evaluators that asked the same rows afterwards."""
+        other = {
+            name for name, metrics in self._results[1].items() if not same_rows(self._results[0].get(name), metrics)
+        }
+        return {name: rows for name, rows in self.predictions(before=True).items() if name not in other}
+
+    @cached_property
+    def _results(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Metrics before training and after it."""
+        before, after = (self._json(f"{self.evaluated_in}/{name}.json") for name in ("before", "results"))
+        return before, after
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -150,7 +165,7 @@ class Run:
 
     def predictions(self, before: bool = False) -> dict[str, list[dict[str, Any]]]:
         """Predictions of every evaluator, after training or before it."""
-        folder = Path("eval/predictions/before" if before else "eval/predictions")
+        folder = Path(self.evaluated_in) / ("predictions/before" if before else "predictions")
         files = sorted((self.path / folder).glob("*.jsonl"))
         return {file.stem: self._jsonl(str(folder / file.name)) for file in files}
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftrun.reporting.changes import Change, Measured
+from ftrun.reporting.gain import gain
 from ftrun.reporting.run import Run
 from ftrun.runs import numbers
 
@@ -27,11 +28,13 @@ def before_after_table(run: Path) -> Table | None:
 
 
 def final_table(run: Path) -> RenderableType:
-    """What a run ends with: its table, what it took, and where the report is. For ``Reporter.show``."""
+    """What a run ends with: its table, what was gained and how, what it took, and where the report is. For ``Reporter.show``."""
     folder = Run(Path(run))
     parts: list[RenderableType] = [Text("")]
     if folder.changes:
         parts += [_table(folder.changes), Text("")]
+    if gained := gain(folder):
+        parts += [Text(gained), Text("")]
     if took := _took(folder):
         parts.append(Text(took, "dim"))
     if (folder.path / "report.html").exists():
@@ -42,6 +45,14 @@ def final_table(run: Path) -> RenderableType:
 def results_table(run: Path, report: Reporter) -> None:
     """Say what a run ends with, on standard error and in its log."""
     report.show(final_table(run))
+
+
+def evaluation_table(run: Path, folder: str, report: Reporter) -> None:
+    """Say what an evaluation beside a run's own gave; ``folder``: where its results lie, below ``run``."""
+    found = Run(Path(run), evaluated_in=folder)
+    parts: list[RenderableType] = [Text(""), _table(found.changes), Text("")] if found.changes else []
+    place = Text.assemble(("results  ", "dim"), (str(found.path / folder / "results.json"), "bold"))
+    report.show(Group(*parts, place))
 
 
 def _table(found: Sequence[Change]) -> Table:

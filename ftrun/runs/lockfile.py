@@ -6,12 +6,10 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from ftrun import registry
-from ftrun.runs.artifacts import digest
 
 PACKAGES = (
     "ftrun",
@@ -68,16 +66,3 @@ def git_state() -> dict[str, Any] | None:
 def _git(root: Any, *words: str) -> str:
     done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def code_digest(slots: Sequence[tuple[str, str]], folders: Sequence[str]) -> str:
-    """Hash of the source of these components (slot, name) and of whole folders below ftrun/: the code part of a cache key."""
-    sources = {}
-    for slot, name in slots:
-        file = registry.find(slot, name).source
-        if file:
-            sources[str(file)] = file.read_text()
-    for folder in folders:
-        for file in sorted((registry.PACKAGE / folder).glob("*.py")):
-            sources[str(file)] = file.read_text()
-    return digest({"python": sys.version_info[:2], "sources": sorted(sources.values())})

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ftrun.adapters.base import Adapter
+from ftrun.config.ancestor import adapter_of
 from ftrun.data.render import apply_template
 from ftrun.data.tokens import TokenTable
+from ftrun.errors import ConfigError
+from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_bundle, load_config, parameters_in, resolve_dtype
 from ftrun.objectives.base import Objective
 from ftrun.runs import memory
-from ftrun.runs.artifacts import digest
+from ftrun.runs.artifacts import digest, sha256
 from ftrun.select.order import training_order
 from ftrun.tokens.base import TokenPolicy
 from ftrun.training import estimate
@@ -44,6 +49,30 @@ def load_model(ctx: Context, labels: int | None) -> None:
     ctx.bundle = bundle
     ctx.facts["model"] = bundle.fingerprint
     ctx.facts["template"] = digest(getattr(bundle.tokenizer, "chat_template", None))
+    if settings.run:
+        _go_on(bundle, ctx)
+
+
+def _go_on(bundle: Bundle, ctx: Context) -> None:
+    """Put the adapter of the run that this one goes on from on its base, and note down whose weights these are."""
+    settings, run = ctx.settings, adapter_of(ctx.settings)
+    source = run / "adapter" if run else Path(settings.model.path)
+    weights = sorted(source.glob("*.safetensors"))
+    ctx.facts["ancestor"] = {"run": settings.run, "weights": digest([sha256(file) for file in weights])}
+    if run is None:
+        return
+    lock = run / "lock.json"
+    stood_on = json.loads(lock.read_text())["fingerprints"].get("model") if lock.exists() else None
+    if stood_on and stood_on != bundle.fingerprint:
+        raise ConfigError(
+            f"{settings.model.path} is not the base that {run} was trained on: its weights or its tokenizer have changed",
+            f"run={run}",
+            "Give the adapter back its base.",
+        )
+    adapter: Adapter = settings.component("adapter")
+    ctx.adapter = adapter
+    bundle.model = adapter.go_on(settings.component("quant").prepare(bundle.model), ctx, run)
+    bundle.model.eval()
 
 
 def attach(
@@ -60,12 +89,14 @@ def attach(
     """
     settings, bundle = ctx.settings, ctx.bundle
     assert bundle is not None
-    adapter: Adapter = settings.component("adapter")
+    begun = ctx.adapter
+    adapter: Adapter = begun if isinstance(begun, Adapter) else settings.component("adapter")
     original = _copy_for_reference(adapter, objective, bundle.model, ctx)
     torch.manual_seed(settings.seed)
     if selected:
         ctx.begin = training_order(table, ctx)
-    bundle.model = settings.component("quant").prepare(bundle.model)
+    if not begun:
+        bundle.model = settings.component("quant").prepare(bundle.model)
     return set_up(
         ctx,
         bundle,

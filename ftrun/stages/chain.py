@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from ftrun.config.compose import Composed
 from ftrun.data.pool import Pool
 from ftrun.data.tokens import TokenTable
-from ftrun.errors import ConfigError
+from ftrun.errors import ConfigError, DataError
 from ftrun.objectives.base import Objective
 from ftrun.select.scoring.shared import Shared
 from ftrun.stages import attach, train
@@ -18,6 +19,7 @@ from ftrun.stages.evaluate import evaluate, heldout_loss
 from ftrun.stages.recorded import RecordedRun, carry_out, logical_parameters
 from ftrun.stages.rows import Rows
 from ftrun.stages.select import select
+from ftrun.stages.trained import labels_of
 from ftrun.tokens.base import TokenPolicy
 from ftrun.training.context import Context
 from ftrun.training.loop import Trainer
@@ -79,6 +81,13 @@ class Chain(RecordedRun):
     def load_model(self) -> None:
         if self.ctx.bundle is not None:
             return
+        classes = labels_of(Path(self.settings.run)) if self.settings.run and self.rows.labels else []
+        if classes and classes != self.rows.labels:
+            raise DataError(
+                f"{self.settings.run} tells {len(classes)} other classes apart: {', '.join(map(str, classes[:8]))}",
+                f"run={self.settings.run}",
+                "Train on the same classes, or start from the base model.",
+            )
         attach.load_model(self.ctx, len(self.rows.labels) if self.settings.task == "classify" else None)
         assert self.ctx.bundle is not None
         self.counts["total"] = logical_parameters(self.ctx.bundle.model)
@@ -102,6 +111,10 @@ class Chain(RecordedRun):
         adapter, quant = settings.choice("adapter"), settings.choice("quant")
         self.report.stage("train", f"{settings.choice('objective')} with adapter={adapter}, quant={quant}")
         trainer = self.attach(table)
+        if self.begun_with:
+            train.check_length(trainer, self.begun_with, path, self.ctx)
+            if self.ctx.team.is_main:
+                self.write_settings({})
         train.train(trainer, self.ctx, self.signals, path, self.counts)
         train.save(trainer.adapter, self.ctx)
         if "eval" in settings.stages:

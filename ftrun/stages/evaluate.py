@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ftrun import registry
-from ftrun.evaluation.run import evaluate_all, evaluating
+from ftrun.evaluation.run import Results, evaluate_all, evaluating
 from ftrun.training.context import Context
 
 
@@ -17,14 +17,16 @@ def heldout_loss(ctx: Context) -> float:
         return registry.build("eval", name).evaluate(ctx.bundle, ctx).metrics["loss"].value
 
 
-def evaluate(ctx: Context, tag: Literal["before", "final"]) -> dict[str, dict[str, float]]:
-    """Values by evaluator and metric; what they rest on lies below eval/ of the run."""
+def evaluate(
+    ctx: Context, tag: Literal["before", "final"], beside: Results | None = None
+) -> dict[str, dict[str, float]]:
+    """Values by evaluator and metric; what they rest on lies below eval/ of the run, with other results ``beside``."""
     evaluators = ctx.settings.evaluators()
     if not evaluators:
         return {}
     assert ctx.bundle is not None
     ctx.report.stage("evaluate", "before training" if tag == "before" else "")
-    results = evaluate_all(evaluators, ctx.bundle, ctx, tag)
+    results = evaluate_all(evaluators, ctx.bundle, ctx, tag, beside)
     return {
         evaluator: {name: entry["value"] for name, entry in metrics.items()} for evaluator, metrics in results.items()
     }

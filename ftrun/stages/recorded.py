@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from ftrun.training.signals import StopSignals, error_for
 OUTPUTS = ("selection", "train", "eval", "adapter", "model")  # what a run computes, as against what it says of itself
 SPARE, SPARE_BYTES = ".spare", 1 << 16  # given up at the end, so that a full disk has room for how the run ended
 # settings that may differ between a run and its continuation: they do not change what is computed
-FREE_ON_RESUME = {"out", "resume", "launch", "stages", "eval", "run", "prompt"}
+FREE_ON_RESUME = {"out", "resume", "launch", "stages", "eval", "prompt"}
+LENGTH = ("max_steps", "epochs")  # of train: a resumed run may be longer
 FREE_TRAIN_KEYS = {"save_steps", "keep_checkpoints", "log_steps", "trackers", "eval_before", "merge", "batch_tokens"}
 
 
@@ -89,6 +90,7 @@ class RecordedRun:
         self.selected: np.ndarray | None = None
         self.metrics: dict[str, Any] = {}
         self.counts: dict[str, int] = {}
+        self.begun_with: dict[str, Any] = {}  # train.max_steps and train.epochs of the run that is resumed
 
     def stages(self) -> None:
         """What the run is for. Raises FtrunError."""
@@ -149,16 +151,24 @@ class RecordedRun:
     def _open(self) -> None:
         out = self.ctx.out
         if self.ctx.team.is_main:
-            from omegaconf import OmegaConf
-
-            write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.resolved())))
-            write_json(out / "identity.json", self.identity())
+            self.write_settings(self.begun_with)
             (out / "summary.json").unlink(missing_ok=True)
             write_text(out / SPARE, " " * SPARE_BYTES)
         self.report.log_to(out / "ftrun.log")
         self.report.stage(f"ftrun {self.settings.recipe or ''}".strip(), str(out))
         for note in self.composed.notes:
             self.report.note(note)
+
+    def write_settings(self, length: Mapping[str, Any]) -> None:
+        """Write config.yaml and identity.json; ``length`` is what they say of ``LENGTH`` until another one is accepted."""
+        from omegaconf import OmegaConf
+
+        config, identity = self.resolved(), self.identity()
+        for plain in (config, identity):
+            if "train" in plain:
+                plain["train"] = plain["train"] | dict(length)
+        write_text(self.ctx.out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_json(self.ctx.out / "identity.json", identity)
 
     def resolved(self) -> dict[str, Any]:
         """What config.yaml holds."""
@@ -179,6 +189,10 @@ class RecordedRun:
                 f"resume={self.ctx.out}",
                 "Resume with the command that started the run.",
             )
+        self.begun_with = {key: before.get("train", {}).get(key) for key in LENGTH}
+        for key in LENGTH:  # whether it is longer is known with the rows
+            before.get("train", {}).pop(key, None)
+            identity.get("train", {}).pop(key, None)
         changed = _differences(before, identity)
         if changed:
             raise CheckpointError(

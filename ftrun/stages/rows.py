@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ftrun.data.pool import Pool, limit_heldout, load_pool, train_and_heldout
+from ftrun.data.pool import Pool, load_pool, train_and_heldout
 from ftrun.data.prepare import Prepared, prepare
 from ftrun.data.render import apply_template
 from ftrun.data.roles import with_roles
@@ -31,6 +30,7 @@ ADVICE = {
     "pairs": "recipe=dpo (objective=dpo)",
     "labels": "recipe=classify_lora (task=classify)",
     "prompts": "a format with responses",
+    "binary": "the wanted rows alone, without their label, or data.ignore=[label,kto_tag] to train on all",
 }
 
 
@@ -145,15 +145,10 @@ class Rows:
             table = with_roles(table, pool, self.ctx.bundle.tokenizer, self.settings.data.train_on)
         return run_tokens(self.tokens, table, self.ctx)
 
-    def load_for_evaluation(self) -> None:
-        """The rows that a finished run held out, or all of ``data.path`` when it is evaluated alone."""
-        file = self.ctx.out / LABELS
-        self.labels = json.loads(file.read_text()) if file.exists() else []
-        pool = load_pool(self.settings.data, self.work, self.settings.seed)
-        if self.settings.run is not None or self.settings.data.heldout_path:
-            self.split(pool)
-        else:
-            self.ctx.heldout = limit_heldout(pool, self.settings.data.heldout_limit, self.settings.seed)
+    def load_for_evaluation(self, rows: Pool, labels: list[Any]) -> None:
+        """Take these rows as those to evaluate; ``labels``: class names of a finished classification run."""
+        self.labels = labels
+        self.ctx.heldout = rows if len(rows) else None
         if self.tokens.edits_heldout and self.ctx.heldout is not None:
             if self.ctx.team.is_main:  # other rows may have been evaluated before
                 (self.ctx.out / "selection" / f"{EVALUATED}.jsonl").unlink(missing_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +54,30 @@ def train(trainer: Trainer, ctx: Context, signals: StopSignals, path: Path | Non
         trainer.load_best()
 
 
+def check_length(trainer: Trainer, begun_with: dict[str, Any], path: Path | None, ctx: Context) -> None:
+    """Refuse a resumed run that would be shorter, and say what a longer one is.
+
+    ``begun_with``: train.max_steps and train.epochs when the run was started. Raises CheckpointError.
+    """
+    settings, after = ctx.settings, trainer.plan.steps
+    before = trainer.planned(begun_with["epochs"], begun_with["max_steps"]).steps
+    if after < before:
+        raise CheckpointError(
+            f"{ctx.out} was started with {before:,} steps, and {after:,} are asked for",
+            f"train.max_steps={settings.train.max_steps} train.epochs={settings.train.epochs:g}",
+            "Resume with as many steps or more, or start a new run.",
+        )
+    if after == before or path is None:
+        return
+    done = checkpoint.progress_of(path).step
+    name = settings.choice("schedule")
+    same = all(trainer.schedule.factor(step, before) == trainer.schedule.factor(step, after) for step in range(done))
+    said = f"schedule={name} has given the steps so far the same rates for both lengths"
+    if not same:
+        said = f"schedule={name} now follows the new length: the rates so far were those of {before:,} steps"
+    ctx.report.note(f"the run goes on to step {after:,} instead of {before:,}; {said}")
+
+
 def save(adapter: Attached, ctx: Context) -> None:
     """Write adapter/ or model/, and merge where the run asks for it."""
     assert ctx.bundle is not None and isinstance(adapter, Adapter)
@@ -59,6 +85,8 @@ def save(adapter: Attached, ctx: Context) -> None:
         folder = adapter.save(ctx.bundle.model, ctx.out)
         ctx.bundle.tokenizer.save_pretrained(folder)
         ctx.report.note(f"saved {folder}")
+        if folder.name == "adapter":
+            shutil.rmtree(ctx.out / "model", ignore_errors=True)  # merged from an earlier state of a resumed run
         if ctx.settings.train.merge and folder.name == "adapter":
             ctx.report.note(f"merged into {merge_run(ctx.out, ctx.settings, ctx.team.device)}")
     ctx.team.barrier()
@@ -70,6 +98,8 @@ def _warn_of_large_steps(trainer: Trainer, ctx: Context, trainable: int) -> None
     need = estimate.training_bytes(
         ctx.settings, lengths, trainable, architecture.width, len(architecture.layers), ctx.team.device
     )
+    ever = sum(parameter.numel() for parameter in trainer.parameters.values())
+    need += estimate.narrowed_bytes(ctx.settings, ever, trainer.bundle.dtype)
     if short := estimate.shortage(need, free_memory(ctx)):
         ctx.report.warn(f"training may not fit: {short}")
 

@@ -13,6 +13,7 @@ from ftrun.data.render import apply_template
 from ftrun.errors import ConfigError
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_bundle
+from ftrun.models.precision import mix
 from ftrun.models.quiet import without_bars
 from ftrun.registry import build
 from ftrun.runs.artifacts import whole_folder
@@ -27,24 +28,33 @@ def load_trained(run: Path, settings: Settings, device: torch.device, full_preci
 
     Raises ConfigError when the run has saved no model.
     """
-    if not (run / "adapter").is_dir() and not (run / "model").is_dir():
-        ended = "It only selected: train with `ftrun train`, and give the folder of that run."
-        if settings.stages != ["select"]:
-            ended = "The run did not finish: continue it with resume=."
-        raise ConfigError(f"{run} holds no trained model", f"run={run}", ended)
+    check_trained(run, settings)
     quant = build("quant", "none") if full_precision else settings.component("quant")
-    bundle = load_bundle(settings.model, task=settings.task, quant=quant, device=device, labels=label_count(run))
+    bundle = load_bundle(
+        settings.model, task=settings.task, quant=quant, device=device, labels=len(labels_of(run)) or None
+    )
     if settings.task == "causal":
         apply_template(bundle.tokenizer, settings.model.template)
     bundle.model = settings.component("adapter").load(bundle.model, run)
     bundle.model.eval()
+    mix(bundle)
     return bundle
 
 
-def label_count(run: Path) -> int | None:
-    """Number of classes of a classification run."""
+def check_trained(run: Path, settings: Settings) -> None:
+    """Raise ConfigError when the run has saved no model."""
+    if (run / "adapter").is_dir() or (run / "model").is_dir():
+        return
+    ended = f"The run did not finish: continue it with ftrun train resume={run}."
+    if settings.stages == ["select"]:
+        ended = "It only selected: train with `ftrun train`, and give the folder of that run."
+    raise ConfigError(f"{run} holds no trained model", f"run={run}", ended)
+
+
+def labels_of(run: Path) -> list[Any]:
+    """Class names of a classification run; none of any other."""
     file = run / LABELS
-    return len(json.loads(file.read_text())) if file.exists() else None
+    return json.loads(file.read_text()) if file.exists() else []
 
 
 def plain_context(settings: Settings, out: Path) -> Context:
@@ -54,14 +64,18 @@ def plain_context(settings: Settings, out: Path) -> Context:
     return Context(settings, out, team, Reporter(rank=team.rank))
 
 
-def merge_run(run: Path, settings: Settings, device: torch.device) -> Path:
-    """Merge into the full-precision base: merging into 4 bits would round what was learnt."""
-    if (run / "model").is_dir():
-        return run / "model"
+def merge_run(run: Path, settings: Settings, device: torch.device, target: Path | None = None) -> Path:
+    """Merge into the full-precision base, for merging into 4 bits would round what was learnt; model/ that is there stays.
+
+    ``target``: where to write instead of model/ of the run.
+    """
+    target = target or run / "model"
+    if target == run / "model" and target.is_dir():
+        return target
     bundle = load_trained(run, settings, device, full_precision=True)
     merged: Any = settings.component("adapter").merge(bundle.model)
-    with whole_folder(run / "model") as folder:
+    with whole_folder(target) as folder:
         with without_bars():
             merged.save_pretrained(folder)
         bundle.tokenizer.save_pretrained(folder)
-    return run / "model"
+    return target

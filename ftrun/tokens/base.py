@@ -121,7 +121,8 @@ class TokenPolicy:
 def edited_row(record: Record, messages: Iterable[Message]) -> dict[str, Any]:
     """A row for `TokenPolicy.edit`: the record with this conversation instead of its own, its other columns unchanged."""
     named = {"answer": record.answer, "verifier": record.verifier}
-    further = {key: value for key, value in record.fields.items() if key not in ("chosen", "rejected", *named)}
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+    folded = ("chosen", "rejected", "weight", "train", "loss")  # the turns say it now
+    further = {key: value for key, value in record.fields.items() if key not in (*folded, *named)}
+    turns = [message.turn() for message in messages]
     known = {key: value for key, value in named.items() if value is not None}
     return {**further, **known, "messages": turns, "row": record.id}

@@ -14,7 +14,7 @@ from ftrun.errors import ComponentError, ConfigError, DataError
 from ftrun.models.load import load_bundle
 from ftrun.runs import stagecache
 from ftrun.runs.artifacts import digest, sha256
-from ftrun.runs.lockfile import code_digest
+from ftrun.runs.stagecache import key_of
 from ftrun.select.queries import load_rows
 from ftrun.select.run import written_beside
 from ftrun.select.trials.inner import InnerTraining, by_content, prepared_rows, trainable
@@ -154,17 +154,17 @@ def losses_after(
     The model itself is left as it was. The losses are kept for the next run that asks for the same.
     """
     bundle = base.bundle
-    key = digest(
-        {
-            "training": asdict(training),
-            "tables": [rows.fingerprint(), table.fingerprint()],
-            "model": [bundle.fingerprint, str(bundle.dtype), ctx.settings.slots["quant"]],
-            "seed": ctx.seed,
-            "code": code_digest([("adapter", "lora")], ["select", "training"]),
-        }
-    )
-    file = (base.shards or ctx.out / "selection") / f"reference-{key}" / LOSSES
-    there = stagecache.fetch("reference", key, file.parent) if ctx.team.rank == 0 else None
+    quant = ctx.settings.slots["quant"]
+    what = {
+        "training": asdict(training),
+        "tables": [rows.fingerprint(), table.fingerprint()],
+        "model": bundle.computes | {"quant": quant},
+        "seed": ctx.seed,
+    }
+    chosen = {"quant": [quant[0]], "select": [], "picker": [], "tokens": []}
+    key = key_of("reference", what, modules=[__name__, type(training).__module__], chosen=chosen)
+    file = (base.shards or ctx.out / "selection") / f"reference-{key.digest}" / LOSSES
+    there = stagecache.fetch(key, file.parent) if ctx.team.rank == 0 else None
     if ctx.team.gather_object(there)[0]:
         ctx.report.note("the same reference was made before: its losses are used again")
         losses = np.load(file)
@@ -174,7 +174,7 @@ def losses_after(
         if ctx.team.rank == 0:
             with written_beside(file) as beside, beside.open("wb") as out:
                 np.save(out, losses)
-            stagecache.keep("reference", key, [file])
+            stagecache.keep(key, [file])
     ctx.team.barrier()
     return losses
 
@@ -216,18 +216,19 @@ def check_same_tokenizer(base: Bundle, reference: Bundle) -> None:
         )
 
 
-def _load(path: str, ctx: Context) -> Bundle:
+def _load(path: str, ctx: Context, revision: str | None = None) -> Bundle:
     config = ctx.settings.model
-    if path != config.path:
-        config = replace(config, path=path, revision=None)
+    if path != config.path or revision:
+        config = replace(config, path=path, revision=revision)
     return load_bundle(config, task="causal", quant=ctx.settings.component("quant"), device=ctx.team.device)
 
 
 def _with_adapter(folder: Path, ctx: Context) -> Bundle:
     from peft import PeftModel
 
-    named = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    bundle = _load(_base_of_run(folder.parent) or named or ctx.settings.model.path, ctx)
+    about = json.loads((folder / "adapter_config.json").read_text())
+    path = _base_of_run(folder.parent) or about.get("base_model_name_or_path") or ctx.settings.model.path
+    bundle = _load(path, ctx, about.get("revision"))
     weights = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
     if not weights:
         raise ConfigError(f"{folder} holds no weights", str(folder), "Only safetensors are read.")

@@ -52,7 +52,9 @@ def edit_rows(policy: TokenPolicy, pool: Pool, ctx: Context, name: str = "edited
             f"data.path={ctx.settings.data.path}",
             "The log says why rows were left out.",
         )
-    data = replace(ctx.settings.data, path=str(path), format="auto", columns={}, weights=None, limit=None)
+    with path.open() as lines:  # a label that stays beside a conversation is no feedback on it
+        form = "messages" if "messages" in json.loads(lines.readline()) else "auto"
+    data = replace(ctx.settings.data, path=str(path), format=form, columns={}, weights=None, limit=None)
     edited = load_pool(data, cache_dir() / "data", ctx.seed)
     ctx.report.note(f"{len(edited):,} rows made of {len(pool):,}: {path}")
     return edited
@@ -77,6 +79,7 @@ def run_tokens(policy: TokenPolicy, table: TokenTable, ctx: Context) -> TokenTab
         _check_methods(parts, stored.methods, ctx)
         scores, weights = stored.scores, stored.weights
     elif policy.static:
+        _check_whole(table, ctx)
         scores, weights = policy.precompute(table, ctx)
     if not (len(scores) == len(weights) == len(table.input_ids)) or not np.isfinite(weights).all():
         raise ComponentError(f"tokens={ctx.settings.choice('tokens')} gives no weight to some tokens")
@@ -94,6 +97,16 @@ def run_tokens(policy: TokenPolicy, table: TokenTable, ctx: Context) -> TokenTab
     if stored or policy.static:
         _tell(table, weighed, ctx)
     return _without_empty(weighed, ctx) if policy.drops_empty else weighed
+
+
+def _check_whole(table: TokenTable, ctx: Context) -> None:
+    """Refuse rows that weigh their turns by more than yes or no: the policy would write over it. Raises DataError."""
+    if not np.isin(table.loss_weight, (0, 1)).all():
+        raise DataError(
+            f"the rows give weights other than 0 and 1, and tokens={ctx.settings.choice('tokens')} sets its own",
+            f"data.path={ctx.settings.data.path}",
+            "Leave the row's weights out with data.ignore=[weight], write 0 or 1 in the turns, or use tokens=none.",
+        )
 
 
 def _check_methods(parts: list[TokenPolicy], methods: list[str], ctx: Context) -> None:

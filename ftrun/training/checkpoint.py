@@ -67,6 +67,11 @@ def load(path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer, 
             parameter.copy_(saved[name])
     optimizer.load_state_dict(_load_tree(path, "optimizer"))
     adapter.load_state_dict(_load_tree(path, "adapter_state"))
+    return progress_of(path)
+
+
+def progress_of(path: Path) -> Progress:
+    """How far the run was when it wrote this checkpoint."""
     return Progress(**json.loads((path / "progress.json").read_text()))
 
 

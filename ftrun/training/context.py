@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ftrun.models.bundle import Bundle
     from ftrun.runs.progress import Reporter
     from ftrun.training.distributed import Team
+    from ftrun.training.parts import Attached
     from ftrun.training.scoring import Scoring
 
 
@@ -25,6 +26,7 @@ class Context:
     out: Path  # the run folder
     team: Team  # the processes of this run: rank, world_size, barrier, all_reduce, gather
     report: Reporter  # progress and messages for people, on standard error and in ftrun.log
+    adapter: Attached | None = None  # where it was put on with the model: that of the run that this one goes on from
     bundle: Bundle | None = None  # the run's model; a stage that needs it loads it through stages/attach.py
     heldout: Pool | None = None  # rows kept for evaluation
     heldout_tokens: TokenTable | None = None
@@ -32,6 +34,7 @@ class Context:
     scoring: Scoring | None = None  # scores texts with the selection's model; set by the select stage
     facts: dict[str, Any] = field(default_factory=dict)  # what ends in lock.json and the report
     selects_in: str = "selection"  # folder below out; with several recipes each selects in one of its own
+    evaluates_in: str = "eval"  # folder below out; an evaluation of other rows than the run's own has one of its own
     begin: list[np.ndarray] = field(default_factory=list)  # rows of the first passes, where the selection orders them
 
     def calibration(self, batches: int) -> list[Batch]:
@@ -59,6 +62,11 @@ class Context:
     def selection(self) -> Path:
         """Where the selection stage writes."""
         return self.out / self.selects_in
+
+    @property
+    def evaluation(self) -> Path:
+        """Where results and predictions go."""
+        return self.out / self.evaluates_in
 
     @property
     def scorer(self) -> Scoring:

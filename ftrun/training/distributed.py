@@ -12,6 +12,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from ftrun.config.settings import LaunchConfig
 from ftrun.errors import ConfigError
+from ftrun.runs.cores import OMP, threads_per_process
 
 
 class Team:
@@ -30,10 +31,10 @@ class Team:
             )
         if on_cpu:
             os.environ["ACCELERATE_USE_CPU"] = "true"
-        threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.processes)
+        threads = threads_per_process(launch.threads, launch.processes)
         torch.set_num_threads(threads)
         if wanted > 1:
-            os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # else Accelerate takes a number of its own
+            os.environ.setdefault(OMP, str(threads))  # else Accelerate takes a number of its own
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
         loggers: list[Any] = list(trackers or [])
         self.accelerator = Accelerator(

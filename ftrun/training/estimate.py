@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -22,12 +24,36 @@ def weight_bytes(settings: Settings, parameters: int, embedding: int, dtype: tor
     return (parameters - embedding) * bits / 8 + embedding * dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Trained:
+    """How many parameters train."""
+
+    active: int  # at one time: these have gradients and optimiser state
+    ever: int  # in some step: these have float32 weights
+    base: int  # of ``ever``, those that are weights of the loaded model and not an adapter's
+
+
+def widening_bytes(settings: Settings, trained: Trained, dtype: torch.dtype) -> float:
+    """Bytes that the weights take in training beyond those of the model loaded in ``dtype``."""
+    pure = settings.train.pure_bfloat16
+    size = dtype.itemsize if pure else 4
+    added = trained.base * (size - dtype.itemsize) + (trained.ever - trained.base) * size
+    return float(added + narrowed_bytes(settings, trained.ever, dtype))
+
+
+def narrowed_bytes(settings: Settings, ever: int, dtype: torch.dtype) -> float:
+    """Bytes of the copies in ``dtype`` that the products of float32 weights keep until the backward pass."""
+    mixed = dtype.itemsize < 4 and not settings.train.pure_bfloat16
+    return float(ever * dtype.itemsize if mixed else 0)
+
+
 def training_bytes(
     settings: Settings, lengths: np.ndarray, trainable: int, width: int, layers: int, device: torch.device
 ) -> float:
     """Bytes of gradients, optimiser state and activations. ``lengths``: tokens of every row, (rows,)."""
     train = settings.train
-    optimizer = trainable * (4 + settings.component("optim").state_bytes())
+    gradient = 2 if train.pure_bfloat16 else 4
+    optimizer = trainable * (gradient + settings.component("optim").state_bytes())
     longest = float(lengths.max(initial=1))
     batch_tokens = token_budget(train.batch_tokens, device)
     micro = min(float(batch_tokens), float(lengths.mean()) * train.batch_size * 1.5)

@@ -34,7 +34,9 @@ from ftrun.schedules.base import Schedule
 from ftrun.training import checkpoint, weightlog
 from ftrun.training.checkpoint import Progress
 from ftrun.training.context import Context
+from ftrun.training.gradients import backward
 from ftrun.training.parts import Attached, Minimised, Weighing
+from ftrun.training.precision import settle_precision
 from ftrun.training.signals import StopSignals
 from ftrun.training.view import StepView
 from ftrun.training.weightlog import WeightLog
@@ -62,16 +64,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.settings = self.ctx.settings.train
+        settle_precision(self.bundle, self.parameters, self.settings.pure_bfloat16, self.ctx.report)
         self.team = self.ctx.team
-        self.plan = Plan.of(
-            len(self.table),
-            self.settings.batch_size,
-            self.settings.epochs,
-            self.settings.max_steps,
-            self.ctx.seed,
-            self.tokens.order(self.table),
-            self.ctx.begin,
-        )
+        self.plan = self.planned(self.settings.epochs, self.settings.max_steps)
         self.folder = self.ctx.out / "train"
         apart = not (self.objective.packs and self.tokens.packs)
         joins = not apart and packs_for_free(self.bundle.model, self.bundle.architecture)
@@ -91,6 +86,13 @@ class Trainer:
                 f"{self.team.world_size} processes cannot share a step of {self.settings.batch_size} rows",
                 todo="Raise train.batch_size.",
             )
+
+    def planned(self, epochs: float, max_steps: int | None) -> Plan:
+        """The rows of every step of a run of this length."""
+        order = self.tokens.order(self.table)
+        return Plan.of(
+            len(self.table), self.settings.batch_size, epochs, max_steps, self.ctx.seed, order, self.ctx.begin
+        )
 
     # ---- the whole run ----
 
@@ -200,7 +202,7 @@ class Trainer:
                     view.factors = self.tokens.weigh(view)
                 self.weight_log.add(view.batch, view.factors.float().cpu().numpy())
             loss = self.objective.loss(view)
-            (loss.value / count).backward()
+            backward(loss.value / count)
             for name, part in {"loss": loss.value, **loss.parts, **view.parts}.items():
                 sums[name] = sums.get(name, 0.0) + float(part.detach())
             self._bar.advance(0)  # a long step still shows that it lives

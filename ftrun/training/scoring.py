@@ -8,6 +8,7 @@ Equal texts are computed once, whoever asks for them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ftrun import registry
 from ftrun.data.batches import Batch, collate, cut_batches, token_budget
 from ftrun.data.counts import count_row_tokens
 from ftrun.data.ragged import Ragged
@@ -32,7 +34,8 @@ from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError, DataError
 from ftrun.models.fast import packs_for_free
 from ftrun.models.head import token_nll
-from ftrun.runs.artifacts import disk_guard
+from ftrun.runs import code
+from ftrun.runs.artifacts import digest, disk_guard
 
 if TYPE_CHECKING:
     from ftrun.data.pool import Pool
@@ -175,7 +178,7 @@ class Scoring:
             [order[position] for row in batch for position in row]
             for batch in batches[self.team.rank :: self.team.world_size]
         ]
-        folder = self._folder(name)
+        folder = self._folder(name, compute)
         done = self._read_shards(folder, {key for batch in mine for key in batch})
         tokens = {key: int(length) for key, length in zip(order, lengths, strict=True)}
         total = sum(tokens[key] for batch in mine for key in batch)
@@ -231,11 +234,12 @@ class Scoring:
 
     # ---- shards: finished work on disk ----
 
-    def _folder(self, name: str) -> Path | None:
+    def _folder(self, name: str, compute: Measure) -> Path | None:
+        """Where finished work of this model lies, made by this code."""
         if self.shards is None:
             return None
-        dtype = str(self.bundle.dtype).removeprefix("torch.")
-        return self.shards / f"{name}-{self.bundle.fingerprint}-{dtype}"
+        made = digest([self.bundle.computes, _made_by(getattr(compute, "func", compute).__module__)])
+        return self.shards / f"{name}-{self.bundle.fingerprint}-{made}"
 
     def _read_shards(self, folder: Path | None, wanted: set[bytes]) -> dict[bytes, np.ndarray]:
         found: dict[bytes, np.ndarray] = {}
@@ -266,6 +270,13 @@ class Scoring:
                 finally:
                     beside.unlink(missing_ok=True)
         return fresh
+
+
+@functools.cache
+def _made_by(measure: str) -> str:
+    """Hash of the code and the libraries behind a measure of this module."""
+    apart = {slot: [] for slot in registry.SLOTS}  # what the module has imported is enough
+    return digest([code.sources([__name__, measure], apart), code.versions()])
 
 
 @contextmanager

@@ -34,7 +34,8 @@ def set_up(
 
     Raises ConfigError when no parameter would train.
     """
-    bundle.model = adapter.attach(bundle.model, ctx)
+    if adapter is not ctx.adapter:  # else it came with the model
+        bundle.model = adapter.attach(bundle.model, ctx)
     speed_up(bundle.model)  # the layers that the adapter brought
     if ctx.settings.train.gradient_checkpointing:
         checkpoint_activations(bundle.model)

@@ -14,6 +14,7 @@ from ftrun.data.batches import Batch
 from ftrun.models.architecture import Architecture
 from ftrun.models.attention import AttentionCall, kept_calls
 from ftrun.models.head import token_entropy, token_nll
+from ftrun.models.precision import products
 from ftrun.models.wrappers import changed_output, unwrap
 
 
@@ -90,7 +91,8 @@ class StepView:
         for place, start, end in self.batch.spans():
             mine = (row == place) & (before >= start) & (before < end)
             if mine.any():
-                heads = self._watched_call[0].map_of(place, start, end)
+                with products(self.model):
+                    heads = self._watched_call[0].map_of(place, start, end)
                 share = heads.float().mean(dim=0) @ seen[place, start:end].float()
                 found[mine] = share[before[mine] + 1 - start]
         return found

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftrun.config.capabilities import slots_at_work
 from ftrun.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -19,8 +20,13 @@ CHAIN_VERBS = ("train", "select")
 
 def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool = False) -> dict[str, Any] | None:
     """Carry out ``verb``. Raises FtrunError."""
+    if verb in ("train", "plan", "preview"):
+        from ftrun.config import keys
+        from ftrun.config.ancestor import go_on
+
+        go_on(composed, keys.named(overrides))
     if verb in (*CHAIN_VERBS, "plan", "preview"):
-        _check_parts(composed)
+        _check_parts(verb, composed)
     if verb in CHAIN_VERBS:
         return _run_chain(verb, composed, list(overrides))
     if verb == "show":
@@ -35,9 +41,16 @@ def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool
         return _work(verb, composed, overrides, html)
 
 
-def _check_parts(composed: Composed) -> None:
+def _check_parts(verb: str, composed: Composed) -> None:
+    """Let the components that will be at work look at the whole config."""
+    settings = composed.settings
+    at_work = slots_at_work(verb, settings.stages)
     for slot in ("adapter", "objective"):
-        composed.settings.component(slot).check(composed.settings)
+        if slot in at_work:
+            settings.component(slot).check(settings)
+    for slot in settings.slots:  # each refuses knobs that it cannot work with
+        settings.component(slot)
+    settings.evaluators()
 
 
 def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -> dict[str, Any] | None:
@@ -56,7 +69,7 @@ def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -
     if verb == "merge":
         from ftrun.verbs.merge import merge
 
-        return merge(composed)
+        return merge(composed, overrides)
     if verb == "generate":
         from ftrun.verbs.generate import generate
 
@@ -73,7 +86,7 @@ def run_together(methods: Sequence[Composed], overrides: Sequence[str]) -> dict[
     from ftrun.training import launch
 
     for composed in methods:
-        _check_parts(composed)
+        _check_parts("select", composed)
     settings = replace(methods[0].settings, recipe=",".join(str(one.settings.recipe) for one in methods))
     settings.out = settings.out or settings.resume or str(new_run_folder("several", settings.as_dict()))
     if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
@@ -87,9 +100,15 @@ def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str,
     from ftrun.training import launch
 
     settings = composed.settings
-    if settings.recipe is None and settings.choice("select") == "none" and verb == "select":
+    if verb == "train" and settings.resume and settings.stages == ["select"]:
+        from ftrun.config import keys
+        from ftrun.config.settings import RootConfig
+
+        if not keys.names(keys.named(overrides), "stages"):
+            settings.stages = RootConfig().stages  # the selection of `ftrun select` is trained on
+    if settings.recipe is None and not settings.resume and settings.choice("select") == "none" and verb == "select":
         raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
-    if settings.recipe is None and verb == "train":
+    if settings.recipe is None and verb == "train" and not (settings.resume or settings.run):
         raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
     if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
         return _run_processes(verb, settings, overrides)

@@ -10,7 +10,7 @@ import torch
 from transformers import TextStreamer
 
 from ftrun.config.compose import Composed
-from ftrun.config.saved import load_settings
+from ftrun.config.saved import run_folder
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer, apply_template, prompt_ids
 from ftrun.errors import ConfigError
@@ -25,17 +25,15 @@ def generate(composed: Composed) -> dict[str, Any]:
     if not asked.prompt:
         raise ConfigError("what shall it answer?", todo='Give prompt="..."')
     if asked.run:
-        run, settings = load_settings(asked.run)
-        ctx = plain_context(settings, run)
-        bundle = load_trained(run, settings, ctx.team.device)
+        run = run_folder(asked.run)
+        bundle = load_trained(run, asked, plain_context(asked, run).team.device)
     else:
         ctx = plain_context(asked, Path("."))
         bundle = load_bundle(asked.model, task="causal", quant=asked.component("quant"), device=ctx.team.device)
         apply_template(bundle.tokenizer, asked.model.template)
-        settings = asked
-    system = (Message("system", settings.data.system),) if settings.data.system else ()
+    system = (Message("system", asked.data.system),) if asked.data.system else ()
     record = Record(id=0, kind="prompts", messages=(*system, Message("user", asked.prompt)))
-    record = settings.component("tokens").edit_prompt(record)
+    record = asked.component("tokens").edit_prompt(record)
     ids = torch.tensor([prompt_ids(record, bundle.tokenizer)], device=bundle.device)
     model: Any = bundle.model.eval()
     streamer: Any = TextStreamer(bundle.tokenizer, skip_prompt=True, skip_special_tokens=True)

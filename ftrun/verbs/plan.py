@@ -18,6 +18,7 @@ from ftrun.data.pool import load_pool
 from ftrun.models.architecture import Architecture, describe
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_tokenizer, meta_model, resolve_dtype
+from ftrun.runs.artifacts import write_json
 from ftrun.runs.memory import available_bytes
 from ftrun.select.base import PlannedTraining
 from ftrun.select.order import picker_of
@@ -25,6 +26,7 @@ from ftrun.stages.chain import Chain
 from ftrun.stages.recorded import logical_parameters
 from ftrun.stages.trained import plain_context
 from ftrun.training import estimate
+from ftrun.training.estimate import Trained
 from ftrun.training.signals import StopSignals
 
 
@@ -38,7 +40,7 @@ class Stage:
 
 
 def plan(composed: Composed) -> dict[str, Any]:
-    """Print the estimate as tables and return it. Nothing is loaded but the rows and the tokenizer."""
+    """Print the estimate as tables and return it, as plan.json in ``out`` too. Only rows and tokenizer are loaded."""
     settings = composed.settings
     ctx = plain_context(settings, Path("."))
     chain = Chain(ctx, composed, [], StopSignals())
@@ -49,20 +51,21 @@ def plan(composed: Composed) -> dict[str, Any]:
     model = meta_model(settings.model, settings.task)
     total, embedding = logical_parameters(model), _embedding(model)
     architecture = describe(model)
-    trainable = _trainable(settings, model, architecture, ctx)
+    trained = _trained(settings, model, architecture, ctx)
     pieces = len(table) / len(prepared.kept)
-    stages = _stages(settings, lengths, pieces, total, trainable, embedding, architecture, ctx.team.device)
+    stages = _stages(settings, lengths, pieces, total, trained, embedding, architecture, ctx.team.device)
+    stages = [stage for stage in stages if stage.name.split()[0] in settings.stages]
     speed = _matmul_speed(ctx.team.device)
-    _print(ctx.report, settings, total, trainable, stages, speed)
+    _print(ctx.report, settings, total, trained.active, stages, speed)
     for note in composed.notes:
         ctx.report.note(note)
     available = available_bytes(ctx.team.device)
-    need = max(stage.memory for stage in stages)
+    need = max((stage.memory for stage in stages), default=0.0)
     if short := estimate.shortage(need, available):
         ctx.report.warn(short)
-    return {
+    found = {
         "total_parameters": total,
-        "trainable_parameters": trainable,
+        "trainable_parameters": trained.active,
         "rows": len(prepared.kept),
         "fits": need <= available,
         "available_bytes": available,
@@ -72,10 +75,13 @@ def plan(composed: Composed) -> dict[str, Any]:
             for stage in stages
         },
     }
+    if settings.out:
+        write_json(Path(settings.out) / "plan.json", found)
+    return found
 
 
-def _trainable(settings: Settings, model: torch.nn.Module, architecture: Architecture, ctx: Any) -> int:
-    """Trainable parameters, by attaching the adapter to the model without weights."""
+def _trained(settings: Settings, model: torch.nn.Module, architecture: Architecture, ctx: Any) -> Trained:
+    """What trains, by attaching the adapter to the model without weights."""
     slot, knobs = settings.slots["adapter"]
     if "init_lora_weights" in knobs:
         knobs = knobs | {"init_lora_weights": True}  # the others look at weights; the shapes are the same
@@ -93,10 +99,16 @@ def _trainable(settings: Settings, model: torch.nn.Module, architecture: Archite
         "",
         architecture.context_length,
     )
+    own = {id(parameter) for parameter in model.parameters()}
     attached = adapter.attach(model, ctx)
-    adapter.bind(torch.optim.SGD([p for p in attached.parameters() if p.requires_grad], lr=0.0))
+    candidates = [p for p in attached.parameters() if p.requires_grad]
+    adapter.bind(torch.optim.SGD(candidates, lr=0.0))
     adapter.before_step(0)
-    return sum(p.numel() for p in attached.parameters() if p.requires_grad)
+    return Trained(
+        active=sum(p.numel() for p in attached.parameters() if p.requires_grad),
+        ever=sum(p.numel() for p in candidates),
+        base=sum(p.numel() for p in candidates if id(p) in own),
+    )
 
 
 def _stages(
@@ -104,14 +116,15 @@ def _stages(
     lengths: np.ndarray,
     pieces: float,
     total: int,
-    trainable: int,
+    trained: Trained,
     embedding: int,
     architecture: Architecture,
     device: torch.device,
 ) -> list[Stage]:
     body = total - embedding  # looking a token up costs nothing; the head is part of the body unless it is tied
     tables = architecture.vocabulary * architecture.width * (1 if architecture.tied else 2)
-    weight_bytes = estimate.weight_bytes(settings, total, tables, resolve_dtype(settings.model.dtype, device))
+    dtype = resolve_dtype(settings.model.dtype, device)
+    weight_bytes = estimate.weight_bytes(settings, total, tables, dtype)
     width, layers = architecture.width, len(architecture.layers)
     stages = []
     picked = _picked(lengths, pieces, settings)
@@ -123,6 +136,7 @@ def _stages(
         inner = replace(settings, train=replace(settings.train, batch_size=size))  # batches of the largest of them
         changed = total if any(one.full for one in trainings) else 0
         memory = weight_bytes + estimate.training_bytes(inner, lengths, changed, width, layers, device)
+        memory += estimate.widening_bytes(inner, Trained(changed, changed, changed), dtype)
         steps = sum(one.steps for one in trainings)
         stages.append(Stage("select training", sum(tokens), sum(flops), memory, steps))
     if settings.choice("select") != "none":
@@ -139,8 +153,9 @@ def _stages(
         len(picked), settings.train.batch_size, settings.train.epochs, settings.train.max_steps, settings.seed
     )
     step_tokens = float(picked.mean()) * settings.train.batch_size
-    passes = 6.0 if trainable > 0.5 * total else 4.0  # a frozen weight needs no gradient of its own
-    memory = weight_bytes + estimate.training_bytes(settings, picked, trainable, width, layers, device)
+    passes = 6.0 if trained.active > 0.5 * total else 4.0  # a frozen weight needs no gradient of its own
+    memory = weight_bytes + estimate.widening_bytes(settings, trained, dtype)
+    memory += estimate.training_bytes(settings, picked, trained.active, width, layers, device)
     tokens = step_tokens * run.steps
     stages.append(
         Stage(

@@ -14,6 +14,7 @@ from ftrun.config.settings import Settings
 from ftrun.data.batches import best_fit_decreasing, token_budget
 from ftrun.data.pool import Pool, load_pool
 from ftrun.data.tokens import TokenTable
+from ftrun.errors import ConfigError
 from ftrun.models.load import load_tokenizer
 from ftrun.reporting.preview import PreviewRow, preview_html, preview_terminal
 from ftrun.stages.chain import Chain
@@ -30,6 +31,8 @@ def preview(composed: Composed, html: bool) -> dict[str, Any]:
     the first step, as the untrained model would weigh them.
     """
     settings = composed.settings
+    if settings.out and not html:
+        raise ConfigError("out is the folder of the page, and none was asked for", f"out={settings.out}", "Add --html.")
     with tempfile.TemporaryDirectory(prefix="ftrun-preview-") as scratch:
         chain = Chain(plain_context(settings, Path(scratch)), composed, [], StopSignals())
         pool = load_pool(settings.data, chain.rows.work, settings.seed)

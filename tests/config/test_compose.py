@@ -98,6 +98,18 @@ def mine(tmp_path: Path) -> Path:
             "a multiple of train.save_steps",
         ),
         (["budget=-3"], "budget -3 is not a budget", "Use a share"),
+        (["optim.learning_rate=-0.01"], "optim.learning_rate must be at least 0, not -0.01", ""),
+        (["optim.learning_rate=inf"], "optim.learning_rate must be at least 0 and finite", ""),
+        (["optim.weight_decay=-1"], "optim.weight_decay must be at least 0", ""),
+        (["optim.beta1=1"], "optim.beta1 must be at least 0 and below 1", ""),
+        (["adapter=lora", "adapter.r=0"], "adapter.r must be at least 1", ""),
+        (["adapter=lora", "adapter.lora_dropout=1.5"], "adapter.lora_dropout must be at least 0 and below 1", ""),
+        (["schedule.warmup=1.5"], "schedule.warmup must be a share or a whole number", "Below 1 it is a share"),
+        (["schedule.minimum=2"], "schedule.minimum must be at least 0 and at most 1", ""),
+        (["select=ifd", "select.warmup_epochs=0"], "select.warmup_epochs must be above 0", ""),
+        (["picker=dac_iter", "select.picker.learning_rate=-1"], "select.picker.learning_rate must be at least 0", ""),
+        (["tokens=[rho1,neftune]", "tokens.rho1.reference_epochs=-1"], "tokens.rho1.reference_epochs must be", ""),
+        (["eval=[generation]", "eval.generation.rows=0"], "eval.generation.rows must be at least 1", ""),
         (["seed=-1"], "seed must be 0 or above", ""),
         (["launch.nodes=2"], "several machines must agree on a port", "Set launch.port"),
         (["fidelity=exact"], 'fidelity "exact" is unknown', ""),
@@ -244,3 +256,10 @@ def test_settings_read_as_the_command_line_spells_them() -> None:
     assert plain["select"]["name"] == "superfiltering" and plain["select"]["model"] == {"path": "small"}
     assert plain["select"]["picker"]["name"] == "own" and plain["adapter"]["r"] == 64
     assert plain["eval"]["heldout"] and plain["budget"] == 0.25
+
+
+def test_a_recipe_file_in_a_folder_of_any_name(mine: Path, tmp_path: Path) -> None:
+    """Which keys a verb reads is found out without reading the path as Hydra would."""
+    folder = tmp_path / "josé's (first)"
+    folder.mkdir()
+    assert load([f"recipe={mine.rename(folder / mine.name)}"], "train").settings.recipe == mine.stem

@@ -20,13 +20,6 @@ from ftrun.runs.artifacts import MANIFEST
 
 
 @pytest.fixture
-def tokenizer(tiny_dir):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_dir)
-
-
-@pytest.fixture
 def ready(tokenizer, tmp_path):
     """Prepare rows as a run would; the context holds 512 tokens."""
 

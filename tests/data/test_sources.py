@@ -9,8 +9,10 @@ import socket
 
 import pytest
 
+from ftrun.config.settings import DataConfig
 from ftrun.data import hub, sources
 from ftrun.data.builtin import names
+from ftrun.data.pool import load_pool, train_and_heldout
 from ftrun.data.verify import verifier
 from ftrun.errors import ConfigError, DataError
 
@@ -265,6 +267,51 @@ def test_gsm_symbolic_rows_pass_their_own_verifier():
 )
 def test_verifier_reads_the_final_number(text, answer, right):
     assert verifier("gsm_symbolic")(text, {"answer": answer}) == right
+
+
+SUMS = "builtin:reasoning_gym/chain_sum?max_terms=2&max_digits=2"
+
+
+def test_reasoning_gym_rows_differ_and_pass_their_own_verifier():
+    rows = [raw.fields for raw in sources.read(f"{SUMS}:300")]
+    assert len({row["instruction"] for row in rows}) == len(rows) == 300
+    assert rows[:40] == [raw.fields for raw in sources.read(f"{SUMS}:40")]
+    assert all(len(row["instruction"].split(": ")[1].split()) == 4 for row in rows)  # two terms, as the knob says
+    verify = verifier("reasoning_gym")
+    for row in rows[:40]:
+        answer = row["answer"]
+        for said in (answer, f" {answer}\n", f"The answer is {answer}.", f"I add them.\n1 + 1 = **{answer}**"):
+            assert verify(said, row) == 1.0, said
+        for said in ("", f"{answer}7", f"{answer} or {answer}", f"The answer is {int(answer) + 1}.", "no idea"):
+            assert verify(said, row) == 0.0, said
+    with pytest.raises(DataError, match="another problem"):
+        verify("1", rows[0] | {"index": 1})
+
+
+def test_no_question_of_a_family_with_few_is_on_both_sides(tmp_path):
+    """Two sums of one digit: many draws are the same question."""
+    data = DataConfig(path="builtin:reasoning_gym/chain_sum?max_terms=2&max_digits=1:100", heldout=0.3)
+    train, held = train_and_heldout(load_pool(data, tmp_path, 0), data, tmp_path, 0)
+    asked = [{pool[int(id)].messages[0].content for id in pool.ids} for pool in (train, held)]
+    assert min(map(len, asked)) > 15 and sum(map(len, asked)) == 100 and not asked[0] & asked[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("reasoning_gym", "several problems"),
+        ("reasoning_gym/chain_sums", "no family"),
+        ("reasoning_gym/chain_sum?max_term=2", "no knob"),
+        ("reasoning_gym/chain_sum?max_terms=two", "not of type int"),
+        ("reasoning_gym/chain_sum?max_terms=0", "refuses these knobs"),
+        ("reasoning_gym/chain_sum?max_terms=2&max_digits=1:5000", "different problems"),
+        ("reasoning_gym/family_relationships:4", "not always true"),
+        ("demo_chat/some", "one kind of rows"),
+    ],
+)
+def test_problems_that_reasoning_gym_does_not_have(path, said):
+    with pytest.raises(ConfigError, match=said):
+        list(sources.read(f"builtin:{path}"))
 
 
 def test_demo_chat_rows_are_whole_and_different():

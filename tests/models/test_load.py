@@ -64,12 +64,15 @@ def test_dtype(tiny_dir, name):
     assert bundle.dtype == getattr(torch, name) == bundle.model.lm_head.weight.dtype
 
 
-def test_auto_dtype_follows_the_cpu(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    for supported, dtype in ((False, torch.float32), (True, torch.bfloat16)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=supported: answer)
-        assert resolve_dtype("auto", cpu) == dtype
+@pytest.mark.parametrize("answer", [False, True])
+def test_auto_dtype_is_float32_on_every_cpu(answer, monkeypatch):
+    for owner, name in (
+        (torch.cpu, "_is_amx_tile_supported"),
+        (torch.cpu, "_is_avx512_bf16_supported"),
+        (torch.ops.mkldnn, "_is_mkldnn_bf16_supported"),
+    ):
+        monkeypatch.setattr(owner, name, lambda: answer)
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
 
 
 def test_classifier(tiny_dir):

@@ -23,7 +23,7 @@ def wide_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide-llama")
     torch.manual_seed(2)
     config = LlamaConfig(
-        vocab_size=128,
+        vocab_size=384,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -48,6 +48,14 @@ def load(wide_dir):
         return prepared
 
     return loaded
+
+
+@pytest.fixture(scope="module")
+def loadable_dir(wide_dir, tiny_dir):
+    """The wide model as a whole folder, with a tokenizer."""
+    for file in [*tiny_dir.glob("tokenizer*"), tiny_dir / "chat_template.jinja"]:
+        (wide_dir / file.name).write_bytes(file.read_bytes())
+    return wide_dir
 
 
 def context(model):
@@ -132,6 +140,62 @@ def test_prepared_model_is_frozen(load, checkpointing):
     model = load("nf4", checkpointing)
     assert not any(p.requires_grad for p in model.parameters())
     assert model.model.layers[0].gradient_checkpointing == checkpointing
+
+
+# ---- packing for inference ----
+
+
+@pytest.fixture(params=[False, True], ids=["avx2", "avx512bf16"])
+def packed(request, monkeypatch):
+    """What bitsandbytes packs while it believes in this processor; the packed product itself runs on few."""
+    import bitsandbytes.nn.modules as modules
+
+    seen = []
+
+    def pack(weight, state):
+        seen.append(weight)
+        state.packing_format_for_cpu = True
+        return weight, state
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: request.param)
+    monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", pack)
+    layer = modules.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu").eval()
+    assert layer.support_avx512bf16_for_cpu == request.param
+    return seen
+
+
+def lora_gradient(model):
+    """Of all LoRA weights, flat; B is not zero, so that A has a gradient too."""
+    _, wrapped = attach(model, target_modules="all-linear")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    wrapped.train()(input_ids=IDS, labels=IDS).loss.backward()
+    return torch.cat([p.grad.flatten() for n, p in wrapped.named_parameters() if "lora_" in n])
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["loaded", "loaded again"])
+def test_after_an_evaluation_gradients_are_those_of_the_dequantised_model(packed, again, loadable_dir):
+    from ftrun.adapters.plain_weights import load_again
+    from ftrun.adapters.starts.loftq import dequantised
+    from ftrun.config.settings import ModelConfig
+    from ftrun.models.load import load_bundle
+
+    quant = registry.build("quant", "nf4")
+    model = load_bundle(ModelConfig(path=str(loadable_dir)), task="causal", quant=quant).model
+    model = load_again(model, loadable_dir) if again else model
+    evaluated = logits(model)
+    plain = AutoModelForCausalLM.from_pretrained(loadable_dir, dtype=torch.float32)
+    with torch.no_grad():
+        for name, linear in linears(plain).items():
+            if name != "lm_head":
+                linear.weight.copy_(dequantised(model.get_submodule(name).weight))
+    assert torch.allclose(evaluated, logits(plain), atol=1e-4)
+    found, expected = lora_gradient(quant.prepare(model)), lora_gradient(plain)
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.9999
+    assert not packed
 
 
 # ---- LoRA on top ----

@@ -11,11 +11,9 @@ import pytest
 
 from ftrun.reporting import doctor as module
 from ftrun.reporting.doctor import Finding
+from ftrun.runs import cores
 
-
-def fake_torch(bf16: bool) -> SimpleNamespace:
-    mkldnn = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: bf16)
-    return SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False), ops=SimpleNamespace(mkldnn=mkldnn))
+CPU_ONLY = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
 
 
 def test_every_finding_that_is_not_ok_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,9 +52,29 @@ def test_the_lock_is_compared(tmp_path: Path) -> None:
     assert module._package("no-such-package", None, "pip install it").todo == "pip install it"
 
 
-def test_bf16_depends_on_the_processor() -> None:
-    assert [finding.status for finding in module.bf16(fake_torch(True))] == ["ok"]
-    assert [finding.status for finding in module.bf16(fake_torch(False))] == ["slow"]
+@pytest.mark.parametrize(
+    ("speeds", "status", "words"),
+    [
+        ((1.6, 1.15), "ok", "pays for scoring and training"),
+        ((1.6, 0.9), "ok", "pays for scoring;"),
+        ((0.02, 0.06), "slow", "Leave model.dtype=auto"),
+    ],
+)
+def test_bf16_is_said_to_pay_where_it_was_measured_to(speeds, status, words, monkeypatch) -> None:
+    monkeypatch.setattr(module, "bf16_speed", lambda torch: speeds)
+    (finding,) = module.bf16(CPU_ONLY)
+    assert finding.status == status and words in finding.todo and "float32" in finding.why
+
+
+def test_the_measurement_takes_about_a_second() -> None:
+    import time
+
+    import torch
+
+    started = time.process_time()
+    scoring, training = module.bf16_speed(torch)
+    assert scoring > 0 and training > 0
+    assert time.process_time() - started < 8
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -70,12 +88,23 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "FTRUN_CACHE" in found["cache"].todo
 
 
-def test_idle_cores_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "usable_cores", lambda: 8)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert "slow" in {finding.status for finding in module.processor()}
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert {finding.status for finding in module.processor()} == {"ok"}
+@pytest.mark.parametrize(
+    ("said", "status", "threads"),
+    [(None, None, 8), ("8", None, 8), ("1", "slow", 1), ("4,2", "slow", 4), ("16", "slow", 16), ("all", "unsure", 8)],
+)
+def test_what_is_said_of_threads_is_what_a_run_takes(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, status: str | None, threads: int
+) -> None:
+    for place in (module, cores):
+        monkeypatch.setattr(place, "usable_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    found = {finding.subject: finding for finding in module.processor()}
+    assert found["cores"].status == "ok"
+    assert (found["threads"].status if "threads" in found else None) == status
+    assert cores.threads_per_process(None, processes=1) == threads
+    assert cores.threads_per_process(3, processes=2) == 3
 
 
 def test_a_silent_hub_does_not_hold_one_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +122,7 @@ def test_a_silent_hub_does_not_hold_one_up(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_demo_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, present: bool, status: str) -> None:
     monkeypatch.setenv("FTRUN_CACHE", str(tmp_path))
     monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0.1.2")
-    folder = tmp_path / "models" / "smollm2-135m-instruct-1"
+    folder = module.smollm2_folder()
     if present:
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -195,8 +196,9 @@ def test_an_edited_prompt_is_an_edited_prompt_everywhere(tiny_dir, rows_file, tm
     other = tmp_path / "other.jsonl"
     other.write_text(file.read_text().replace("[1]", "[2]"))
     for path, mark in ((file, "[1]"), (other, "[2]")):
-        ftrun.run("eval", overrides=[f"run={out}", f"data.path={path}", "eval=[generation]"])
-        asked = [json.loads(line) for line in (out / "eval/predictions/generation.jsonl").read_text().splitlines()]
+        found = ftrun.run("eval", overrides=[f"run={out}", f"data.path={path}", "eval=[generation]"])
+        file = Path(found["out"], "predictions/generation.jsonl")
+        asked = [json.loads(line) for line in file.read_text().splitlines()]
         assert asked and all(f"what {mark} <PAUSE>  is" in row["prompt"] for row in asked)
 
 

@@ -7,6 +7,11 @@ import socket
 import subprocess
 import sys
 
+import torch
+
+from ftrun.config.settings import LaunchConfig
+from ftrun.training.distributed import Team
+
 PROGRAM = """
 import torch
 from ftrun.config.settings import LaunchConfig
@@ -38,3 +43,15 @@ def test_processes_use_the_threads_that_were_asked_for():
         printed, complaints = worker.communicate(timeout=240)
         assert printed.split() == [str(rank), "3"], complaints
         assert "OMP_NUM_THREADS" not in complaints
+
+
+def test_the_environment_says_how_many_threads(monkeypatch):
+    """As long as launch.threads does not."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    try:
+        for asked, taken in ((None, 1), (2, 2), (None, 1)):
+            Team(LaunchConfig(threads=asked)).close()
+            assert torch.get_num_threads() == taken
+    finally:
+        torch.set_num_threads(before)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 import ftrun
 from ftrun import cli
 from ftrun.errors import ConfigError
+from ftrun.models import source
+from ftrun.models.load import resolve_dtype
+from ftrun.runs import code
 
 QUICK = [
     "data.heldout=0.2",
@@ -65,6 +70,91 @@ def test_merge_gives_the_same_model(finished, tiny_dir, rows_file, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("adapter", "tied"),
+    [
+        (["lora", "target_modules=[q_proj,lm_head]"], False),
+        (["lora", "target_modules=[embed_tokens]"], False),
+        (["lora", "target_modules=[embed_tokens,lm_head]"], False),
+        (["lora", "target_modules=[embed_tokens]", "ensure_weight_tying=true"], True),
+        (["lora", "modules_to_save=[embed_tokens]"], False),
+        (["lora", "modules_to_save=[lm_head]"], False),
+        (["lora", "trainable_token_indices=[5,6,7]"], True),
+        (["lora", "target_modules=[lm_head]", "use_dora=true"], False),
+        (["ia3", "target_modules=[k_proj,lm_head]", "feedforward_modules=[]"], False),
+        (["lora"], True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_merge_into_tied_embeddings(adapter, tied, tiny_dir, rows_file, tmp_path):
+    """model/ as transformers loads it gives the logits of the base with the adapter, as peft loads them."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "run"
+    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "model.dtype=float32", "stages=[train]", *QUICK]
+    chosen = [f"adapter={adapter[0]}", *(f"adapter.{knob}" for knob in adapter[1:])]
+    at_once = "embed_tokens" not in str(adapter)
+    ftrun.run("train", "lora_sft", [*words, *chosen, f"train.merge={at_once}", f"out={out}"])
+    if not at_once:
+        ftrun.run("merge", overrides=[f"run={out}"])
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
+        before = base(ids).logits
+        expected = PeftModel.from_pretrained(base, out / "adapter").eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
+        found = merged(ids).logits
+    assert (expected - before).abs().max() > 1e-3
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert merged.config.tie_word_embeddings == tied
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("named", "revision", "adapter"),
+    [
+        ("owner/tiny", SHA, ["lora"]),
+        ("owner/tiny", SHA, ["lora", "init_lora_weights=olora"]),  # written by us, not by peft
+        ("owner/tiny", SHA, ["bottleneck"]),
+        ("builtin:smollm2_135m", None, ["lora"]),
+        ("./mine", None, ["lora"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value)[:10],
+)
+def test_what_is_saved_names_its_base_as_others_find_it(
+    named, revision, adapter, tiny_dir, rows_file, tmp_path, monkeypatch
+):
+    """The hub's id and commit, the built-in name or the user's path; no path into a cache is left anywhere."""
+    cache = tmp_path / "cache"
+    snapshot = shutil.copytree(tiny_dir, cache / "models--owner--tiny" / "snapshots" / SHA)
+    (tmp_path / "mine").symlink_to(snapshot)
+    monkeypatch.setattr(source, "_from_hub", lambda model, weights: snapshot)
+    monkeypatch.setattr(source, "builtin", lambda name: snapshot)
+    monkeypatch.chdir(tmp_path)
+    words = [f"model.path={named}", "model.revision=main", f"data.path={rows_file}", "stages=[train]", *QUICK]
+    words += [f"adapter={adapter[0]}", *(f"adapter.{knob}" for knob in adapter[1:]), "train.max_steps=1"]
+    ftrun.run("train", "lora_sft", [*words, f"train.merge={adapter[0] == 'lora'}", "out=run"])
+    name = str(tmp_path / "mine") if named == "./mine" else named
+    if adapter == ["bottleneck"]:
+        about = json.loads((tmp_path / "run/adapter/bottleneck.json").read_text())
+        assert (about["base_model"], about["revision"]) == (name, revision)
+    else:
+        about = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+        assert (about["base_model_name_or_path"], about["revision"]) == (name, revision)
+    if adapter == ["lora"]:
+        card = (tmp_path / "run/adapter/README.md").read_text()
+        assert f"base_model: {name}\n" in card and f"base_model:adapter:{name}\n" in card
+        assert f"**Finetuned from model:** {name}{f', revision {SHA}' if revision else ''}\n" in card
+    left = [
+        file for folder in ("adapter", "model") for file in (tmp_path / "run" / folder).rglob("*") if file.is_file()
+    ]
+    assert left and not [file for file in left if str(cache).encode() in file.read_bytes()]
+
+
 def test_two_processes_merge_at_the_end(tiny_dir, rows_file, tmp_path):
     words = [
         f"model.path={tiny_dir}",
@@ -120,7 +210,8 @@ def test_selection_in_front_of_training(tiny_dir, rows_file, tmp_path):
     """Only chosen rows are trained, held-out rows are never chosen, and the same selection is not made twice."""
     words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "select=superfiltering", "budget=6", *QUICK]
     first = ftrun.run("train", "lora_sft", [*words, f"out={tmp_path / 'a'}"])
-    second = ftrun.run("train", "lora_sft", [*words, f"out={tmp_path / 'b'}", "optim.learning_rate=1e-3"])
+    same = [f"model.dtype={str(resolve_dtype('auto', torch.device('cpu'))).removeprefix('torch.')}"]  # as auto gave it
+    second = ftrun.run("train", "lora_sft", [*words, f"out={tmp_path / 'b'}", "optim.learning_rate=1e-3", *same])
     assert first["selected_rows"] == second["selected_rows"] <= 6
     log = (tmp_path / "b/ftrun.log").read_text()
     assert "reused" in log and "reused" not in (tmp_path / "a/ftrun.log").read_text()
@@ -175,6 +266,29 @@ def test_random_selection_needs_no_model(rows_file, tmp_path, tiny_dir):
     assert summary["selected_rows"] == 10 and summary["steps"] == 0 and np.isfinite(summary["wall_s"])
 
 
+def test_a_selection_is_kept_under_what_it_ran_on(rows_file, tmp_path, tiny_dir, monkeypatch):
+    """The dtype that auto became, the text of the template, the versions; not where the model's files lie."""
+    moved = shutil.copytree(tiny_dir, tmp_path / "moved")
+    template = tmp_path / "own.jinja"
+    template.write_text((moved / "chat_template.jinja").read_text())
+    auto = str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    words = ["recipe=random", f"data.path={rows_file}", "budget=10", f"model.template={template}"]
+
+    def reused(number: int, *more: str) -> bool:
+        out = tmp_path / str(number)
+        ftrun.run("select", overrides=[*words, f"out={out}", *more])
+        return "reused" in (out / "ftrun.log").read_text()
+
+    assert not reused(0, f"model.path={tiny_dir}")
+    assert reused(1, f"model.path={moved}", f"model.dtype={auto}", "optim.learning_rate=1")
+    assert not reused(2, f"model.path={moved}", "model.dtype=float16")
+    template.write_text(template.read_text() + " ")
+    assert not reused(3, f"model.path={moved}")
+    assert reused(4, f"model.path={moved}")
+    monkeypatch.setattr(code, "version", lambda name: "0.0")
+    assert not reused(5, f"model.path={moved}")
+
+
 @pytest.mark.parametrize(
     ("recipe", "knobs", "trained", "steps"),
     [
@@ -193,3 +307,28 @@ def test_plan_counts_what_the_selection_trains(recipe, knobs, trained, steps, ti
     assert found["steps"] == steps and found["tokens"] == pytest.approx(trained * mean, rel=0.2)
     assert found["seconds"] > 0 and found["memory_bytes"] > 0
     assert "select training" not in ftrun.run("plan", "superfiltering", words[:4])["stages"]
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_what_does_not_train_takes_quantised_weights(quant, tiny_dir, rows_file, tmp_path, capsys):
+    """Full fine-tuning is what a config without a recipe names, and neither verb does it."""
+    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "model.dtype=float32", "data.max_length=128"]
+    losses = []
+    for name in ("none", quant):
+        asked = [*words, "eval=[heldout]", f"quant={name}", f"out={tmp_path / name}"]
+        losses.append(ftrun.run("eval", overrides=asked)["metrics"]["heldout"]["loss"])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+    ftrun.run("generate", overrides=[*words, f"quant={quant}", "prompt=what is 1"])
+    ftrun.run("select", "random", [*words, f"quant={quant}", "budget=4", f"out={tmp_path / 'select'}"])
+    for verb in ("train", "plan", "preview"):
+        with pytest.raises(ConfigError, match="trains all base weights"):
+            ftrun.run(verb, "sft", [*words, f"quant={quant}"])
+
+
+def test_packing_that_nobody_asked_for_refuses_nothing(tiny_dir, rows_file, tmp_path):
+    """What else is in a batch decides how 8-bit layers round their inputs: rows stay apart, in scoring too."""
+    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "model.dtype=float32", "quant=int8", *QUICK]
+    asked = [*words, "select=superfiltering", "budget=6", "stages=[select,train]", "train.max_steps=1"]
+    assert ftrun.run("train", "lora_sft", [*asked, f"out={tmp_path / 'a'}"])["steps"] == 1
+    with pytest.raises(ConfigError, match="mixes the documents"):
+        ftrun.run("train", "lora_sft", [*words, "stages=[train]", "train.packing=true", f"out={tmp_path / 'b'}"])

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ftrun.adapters.peft_adapter import PeftAdapter, resolve_targets, task_type
+from ftrun.adapters.base import Adapter
+from ftrun.adapters.peft_adapter import PeftAdapter, put_back, resolve_targets, task_type
 from ftrun.adapters.plain_weights import load_again
 from ftrun.errors import CheckpointError, ComponentError, ConfigError, nearest
 from ftrun.registry import register
@@ -214,8 +215,6 @@ class Lora(PeftAdapter):
         """The model before training; where switching LoRA off would not give it, by putting the start back."""
         start = getattr(self, "_start", None)
         if start is not None:
-            from ftrun.adapters.starts.lora_start import put_back
-
             return put_back(model, start)
         return None if self.bias != "none" else super().disabled(model)
 
@@ -224,7 +223,8 @@ class Lora(PeftAdapter):
             from ftrun.adapters.starts import loftq
 
             loftq.save_base(model, folder / "base")
-            model.peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
+            config = model.peft_config["default"]
+            config.base_model_name_or_path, config.revision = str((folder / "base").resolve()), None
         if self.init in CHANGE_BASE and self._start is not None:
             from ftrun.adapters.starts.lora_start import save_difference
 
@@ -236,6 +236,14 @@ class Lora(PeftAdapter):
         if self.init == "loftq":
             model = load_again(model, folder / "base")
         return super().load(model, folder)
+
+    def go_on(self, model: Any, ctx: Context, folder: Path) -> nn.Module:
+        """adapter/ is an ordinary LoRA on the original base, whatever its own start was: this one begins there."""
+        if self.init == "loftq":
+            return Adapter.go_on(self, model, ctx, folder)  # its base was changed
+        wrapped = super().go_on(model, ctx, folder)
+        self.init_lora_weights, self._start = True, self._begun
+        return wrapped
 
     def merge(self, model: Any) -> nn.Module:
         if self.layer_replication:

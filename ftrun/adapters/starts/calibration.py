@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ftrun.errors import ComponentError, ConfigError
+from ftrun.training.gradients import backward
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -79,6 +80,6 @@ def lora_ga(model: nn.Module, config: LoraConfig, batches: list[Batch]) -> None:
 
     def run() -> None:
         for batch in batches:
-            model(**inputs_of(batch)).loss.backward()
+            backward(model(**inputs_of(batch)).loss)
 
     preprocess_loraga(model, config, train_step=run)

@@ -1,35 +1,18 @@
-"""A LoRA that does not start at zero: going back to its start, and saving only what was learned since."""
+"""A LoRA that does not start at zero: saving only what was learned since."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ftrun.adapters.peft_adapter import loadable_path
-
-
-@contextmanager
-def put_back(model: nn.Module, start: dict[str, Tensor]) -> Iterator[None]:
-    """Trained parameters hold their starting values inside."""
-    changed = [
-        (parameter, parameter.data, start[name]) for name, parameter in model.named_parameters() if name in start
-    ]
-    for parameter, _, before in changed:
-        parameter.data = before
-    try:
-        yield
-    finally:
-        for parameter, trained, _ in changed:
-            parameter.data = trained
+from ftrun.adapters.peft_adapter import name_base
 
 
 def save_difference(model: Any, start: dict[str, Tensor], folder: Path) -> Path:
@@ -48,7 +31,7 @@ def save_difference(model: Any, start: dict[str, Tensor], folder: Path) -> Path:
     config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
     config.init_lora_weights, config.corda_config, config.lora_ga_config = True, None, None
     config.inference_mode = True
-    config.base_model_name_or_path = loadable_path(model.get_base_model())
+    name_base(config, model.get_base_model())
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: value.contiguous() for name, value in state.items()},

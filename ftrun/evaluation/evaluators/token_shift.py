@@ -66,7 +66,7 @@ class TokenShift(Evaluator):
             "base_probability": _share([answer.probability for answer in answers]),
         }
         if ctx.team.rank == 0:
-            write_json(ctx.out / "eval" / "token_shift.json", details(answers, bundle.tokenizer))
+            write_json(ctx.evaluation / "token_shift.json", details(answers, bundle.tokenizer))
         return Evaluation(metrics, [_prediction(answer, bundle.tokenizer) for answer in answers])
 
 

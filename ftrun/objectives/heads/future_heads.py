@@ -21,8 +21,9 @@ from ftrun.data.batches import Batch
 from ftrun.errors import ConfigError
 from ftrun.models.architecture import Architecture
 from ftrun.models.head import token_nll
+from ftrun.models.precision import products, widen
 from ftrun.objectives.base import TokenLoss
-from ftrun.runs.artifacts import digest
+from ftrun.runs.stagecache import Key, key_of
 from ftrun.tokens.base import TokenPolicy
 from ftrun.training import checkpoint
 from ftrun.training.loop import Trainer
@@ -58,6 +59,7 @@ class FutureHeads(nn.Module):
         if len(architecture.layers) < 2:
             raise ConfigError("the heads are copies of the layer before the last, and the model has one layer")
         self.layers = nn.ModuleList(plain_copy(architecture.layers[-2]) for _ in range(count))
+        widen(self.parameters())
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Trained tokens that each head predicts."""
@@ -70,7 +72,8 @@ class FutureHeads(nn.Module):
         """
         batch, head = view.batch, view.architecture.head(view.model)
         for i, layer in enumerate(self.layers, 1):
-            output = layer(states, **seen.call)
+            with products(view.model):
+                output = layer(states, **seen.call)
             output = output[0] if isinstance(output, tuple) else output
             known, shift = ahead(batch, i), 1 + i
             nll = token_nll(output[:, :-shift][known], head, batch.input_ids[:, shift:][known])
@@ -150,9 +153,16 @@ class HeadTraining:
     max_steps: int | None
     decay: float
 
-    def key(self, table: TokenTable, bundle: Bundle, count: int, seed: int) -> str:
-        """Hash of all that the trained heads depend on."""
-        return digest([asdict(self), table.fingerprint(), bundle.fingerprint, str(bundle.dtype), count, seed])
+    def key(self, table: TokenTable, bundle: Bundle, count: int, ctx: Context) -> Key:
+        """All that ``count`` trained heads depend on."""
+        quant = ctx.settings.slots["quant"]
+        what = {
+            "training": asdict(self) | {"heads": count},
+            "table": table.fingerprint(),
+            "model": bundle.computes | {"quant": quant},
+            "seed": ctx.seed,
+        }
+        return key_of("caft_heads", what, modules=[__name__], chosen={"quant": [quant[0]]})
 
     def run(self, heads: FutureHeads, table: TokenTable, bundle: Bundle, ctx: Context, folder: Path) -> None:
         """Train ``heads`` in place; a run that was killed goes on from the last checkpoint in ``folder``."""

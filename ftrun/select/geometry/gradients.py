@@ -12,6 +12,7 @@ from torch import Tensor
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ComponentError
 from ftrun.models.head import token_nll
+from ftrun.training.gradients import gradients_of
 from ftrun.training.scoring import aligned_batch
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class GradientFeatures:
         with torch.enable_grad():
             hidden = bundle.architecture.hidden_states(bundle.model, single)[single.predicting]
             loss = token_nll(hidden, bundle.architecture.head(bundle.model), single.target_ids).mean()
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            found = gradients_of(loss, parameters)
         gradient = torch.cat(
             [
                 (torch.zeros_like(parameter) if part is None else part).reshape(-1).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ftrun.data.chat import ChatTemplate
 from ftrun.data.formats import renamed
+from ftrun.data.literals import OPEN, Unspellable
 from ftrun.data.ragged import Ragged
-from ftrun.errors import DataError
+from ftrun.data.records import Message, Record, answers
+from ftrun.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from ftrun.data.records import Message, Record
     from ftrun.training.context import Context
 
 Form = Literal["alpaca", "plain", "chat", "question"]
@@ -64,6 +67,7 @@ def read_turns(pool: Iterable[Record], ctx: Context, form: Form) -> Turns:
     response in one go may merge across the seam.
     """
     tokenizer = ctx.scorer.bundle.tokenizer
+    chat = ChatTemplate(tokenizer)
     columns = ctx.settings.data.columns
     rows: list[int] = []
     prompts, responses = Ragged(), Ragged()
@@ -73,24 +77,34 @@ def read_turns(pool: Iterable[Record], ctx: Context, form: Form) -> Turns:
         for position, record in enumerate(pool):
             for before, answer in assistant_turns(record):
                 rows.append(position)
-                yield _prompt(record, before, form, tokenizer, columns), answer
+                yield _prompt(record, before, form, chat, columns), chat.literals.hide(answer)
 
     rest = turns()
     while piece := list(islice(rest, TURNS)):
-        for ids in encode(tokenizer, [prompt for prompt, _ in piece]):
+        for ids in _spelled(chat, [prompt for prompt, _ in piece]):
             prompts.append(lead + ids)
-        for ids in encode(tokenizer, [answer for _, answer in piece]):
+        for ids in _spelled(chat, [answer for _, answer in piece]):
             responses.append(ids)
     mark = {"alpaca": ALPACA_ANSWER, "chat": _chat_header(tokenizer) if form == "chat" else ""}.get(form, "")
     return Turns(np.array(rows, np.int64), prompts, responses, lead + encode(tokenizer, [mark])[0])
 
 
 def assistant_turns(record: Record) -> Iterator[tuple[tuple[Message, ...], str]]:
-    """Every assistant turn that says something, with the messages before it; of a preference pair the chosen side."""
+    """Every answer that says something and is trained, with the messages before it; of a preference pair the chosen side."""
     messages = (*record.messages, *record.chosen)
-    for index, message in enumerate(messages):
-        if message.role == "assistant" and message.content:
-            yield messages[:index], message.content
+    for index in answers(messages):
+        if messages[index].text and messages[index].weight != 0:
+            yield messages[:index], messages[index].text
+
+
+def _spelled(chat: ChatTemplate, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text; control tokens hidden in it are spelled, where the tokenizer can."""
+    found = encode(chat.tokenizer, [chat.literals.show(text) for text in texts])
+    for number, text in enumerate(texts):
+        if OPEN in text:
+            with contextlib.suppress(Unspellable):  # training refuses the row, or leaves it out
+                found[number] = chat.literals.ids(text)
+    return found
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -110,9 +124,16 @@ def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     return dressed[:start], dressed[start + len(plain) :]
 
 
-def _prompt(record: Record, before: tuple[Message, ...], form: Form, tokenizer: Any, columns: dict[str, str]) -> str:
+def _prompt(
+    record: Record, before: tuple[Message, ...], form: Form, chat: ChatTemplate, columns: dict[str, str]
+) -> str:
+    """What stands before an answer, control tokens that messages spell hidden in it."""
     if form == "chat":
-        return chat_text(record, before, True, tokenizer, "alpaca or plain")
+        return _chat_text(record, before, True, chat, "alpaca or plain")
+    return chat.literals.hide(_layout(record, before, form, columns))
+
+
+def _layout(record: Record, before: tuple[Message, ...], form: Form, columns: dict[str, str]) -> str:
     if form == "question":
         return _question_prompt(before)
     instruction, given = _alpaca_fields(record, columns) if len(before) == 1 else ("", "")
@@ -156,14 +177,18 @@ def chat_text(record: Record, messages: tuple[Message, ...], asks: bool, tokeniz
 
     Raises DataError where the template refuses them; ``others`` are the layouts to try instead.
     """
-    from jinja2 import TemplateError
+    chat = ChatTemplate(tokenizer)
+    return chat.literals.show(_chat_text(record, messages, asks, chat, others))
 
-    plain = [{"role": message.role, "content": message.content} for message in messages]
+
+def _chat_text(record: Record, messages: tuple[Message, ...], asks: bool, chat: ChatTemplate, others: str) -> str:
     try:
-        return tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=asks)
-    except (TemplateError, ValueError) as error:
+        return chat.conversation(messages, record.tools).text(len(messages), asks)
+    except (DataError, ConfigError) as error:
         raise DataError(
-            "the chat template cannot render a row", f"row {record.id}: {error}", f"Use select.template={others}."
+            "the chat template cannot render a row",
+            f"row {record.id}: {error.what}",
+            f"Use select.template={others}.",
         ) from None
 
 

@@ -23,7 +23,9 @@ from ftrun.config.settings import TrainConfig
 from ftrun.data.prepare import Prepared, prepare
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
+from ftrun.models.precision import products_of, set_products
 from ftrun.runs.artifacts import cache_dir, digest, is_whole
+from ftrun.runs.stagecache import key_of
 from ftrun.training.context import Context
 from ftrun.training.loop import Trainer
 from ftrun.training.scoring import segments
@@ -114,7 +116,7 @@ class InnerTraining:
         key = self._key(table, base, ctx.seed)
         shards = ctx.scorer.shards or ctx.selection / "shards"
         inner = self._context(ctx, table, shards / f"training-{key}")
-        with _put_back(base.model, keep_weights=self.trains == "full"), _taken_off(inner):
+        with _put_back(base.model, base.architecture.backbone, keep_weights=self.trains == "full"), _taken_off(inner):
             with seeded(ctx.seed):
                 trainer = self._trainer(inner, table, title)
             start = 0
@@ -140,7 +142,10 @@ class InnerTraining:
     # ---- parts ----
 
     def _key(self, table: TokenTable, base: Bundle, seed: int) -> str:
-        return digest([asdict(self), table.fingerprint(), base.fingerprint, str(base.dtype), seed])
+        """Names the checkpoints in the run folder that a training which was killed goes on from."""
+        what = {"training": asdict(self), "table": table.fingerprint(), "model": base.computes, "seed": seed}
+        chosen = {"quant": [], "select": [], "picker": [], "tokens": []}  # the run folder is one of one config
+        return key_of("training", what, modules=[__name__, type(self).__module__], chosen=chosen).digest
 
     def _context(self, ctx: Context, table: TokenTable, out: Path) -> Context:
         """A context as training expects it: its own folder, and settings that say what is trained here."""
@@ -266,16 +271,19 @@ def by_content(table: TokenTable, salt: str = "") -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _put_back(model: nn.Module, keep_weights: bool) -> Iterator[None]:
+def _put_back(model: nn.Module, backbone: str, keep_weights: bool) -> Iterator[None]:
     """The model afterwards as before: what trains, its mode, and with ``keep_weights`` the weights themselves."""
     parameters = dict(model.named_parameters())
     trainable = {name: p.requires_grad for name, p in parameters.items()}
     # on the CPU: a second copy on the device may not fit beside the optimiser
     weights = {name: _copied(p) for name, p in parameters.items()} if keep_weights else {}
-    training = model.training
+    training, narrow, dtypes = model.training, products_of(model), {name: p.dtype for name, p in parameters.items()}
     try:
         yield
     finally:
+        set_products(model, backbone, narrow)
+        for name, parameter in parameters.items():
+            parameter.data = parameter.data.to(dtypes[name])  # widened to train
         with torch.no_grad():
             for name, saved in weights.items():
                 parameters[name].copy_(saved)

@@ -15,6 +15,7 @@ from ftrun.data.tokens import TokenTable
 from ftrun.models.bundle import Bundle
 from ftrun.models.fast import packs_for_free
 from ftrun.models.head import token_nll
+from ftrun.training.gradients import gradients_of
 from ftrun.training.scoring import aligned_batch, nll_of_batch
 
 EPSILON = 1e-8  # of Adam
@@ -83,7 +84,7 @@ def _gradients(bundle: Bundle, batch: Batch, parameters: list[nn.Parameter]) -> 
         with torch.enable_grad():
             hidden = bundle.architecture.hidden_states(bundle.model, batch)[batch.predicting]
             loss = token_nll(hidden, bundle.architecture.head(bundle.model), batch.target_ids).mean()
-            return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+            return gradients_of(loss, parameters)
     finally:
         for parameter, before in zip(parameters, trained, strict=True):
             parameter.requires_grad_(before)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ftrun.training.gradients import backward
+
 CHANNELS, HIDDEN, DROPOUT = 256, 32, 0.1
 TOKENS_AT_ONCE = 8192  # padded; a batch of long texts is cut, which changes nothing but the draws of dropout
 
@@ -74,7 +76,7 @@ class Fit:
                 optimizer.zero_grad(set_to_none=True)
                 for part in _parts(texts, batch):
                     error = (learner(*padded(texts, part, learner.base.device)) - wanted[part]).square().sum()
-                    (error / len(batch)).backward()
+                    backward(error / len(batch))
                 optimizer.step()
             error = self.error(learner, texts, wanted)
             if error < best:

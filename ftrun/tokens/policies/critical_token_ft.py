@@ -12,6 +12,7 @@ import torch
 
 from ftrun.data.answers import Check, check_of
 from ftrun.data.records import Message, Record
+from ftrun.data.turns import messages_of
 from ftrun.errors import ConfigError, DataError
 from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy, edited_row
@@ -225,7 +226,7 @@ def _answers(table: TokenTable, writer: Continuations, ctx: Context) -> list[Ans
     for index in range(len(table)):
         number = int(table.record[index])
         row = rows[number]
-        turns = tuple(Message(turn["role"], turn["content"]) for turn in row["messages"])
+        turns = messages_of(row)
         record = Record(number, "sft", turns, answer=row.get("answer"), verifier=row.get("verifier"), fields=row)
         ids = table.sequence(index).input_ids.tolist()
         first = len(writer.renderer.prompt_ids(record))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ftrun.data.batches import collate, length_sorted
 from ftrun.data.edits import aligned
-from ftrun.data.records import Message, Record
+from ftrun.data.records import Record
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
+from ftrun.data.turns import messages_of
 from ftrun.errors import ConfigError, DataError
 from ftrun.models.head import token_nll
 from ftrun.registry import register
@@ -197,7 +198,7 @@ def changed_characters(one: str, two: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _both(row: dict[str, Any], id: int) -> tuple[Record, Record]:
     """The conversation with the right answer, and with the wrong one."""
-    *before, answer = (Message(turn["role"], turn["content"]) for turn in row["messages"])
+    *before, answer = messages_of(row)
     return tuple(Record(id, "sft", (*before, replace(answer, content=text))) for text in (answer.content, row["wrong"]))  # type: ignore[return-value]
 
 

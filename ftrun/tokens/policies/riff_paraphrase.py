@@ -18,7 +18,7 @@ from ftrun.models.load import load_bundle
 from ftrun.registry import register
 from ftrun.runs import stagecache
 from ftrun.runs.artifacts import digest
-from ftrun.runs.lockfile import code_digest
+from ftrun.runs.stagecache import key_of
 from ftrun.select.run import written_beside
 from ftrun.tokens.base import TokenPolicy, edited_row
 from ftrun.tokens.demonstrations import filled, text_of
@@ -125,21 +125,21 @@ class RiffParaphrase(TokenPolicy):
         answers = paraphraser.tokenizer([self._word(record) for record in rows], add_special_tokens=False).input_ids
         table = segments((e.request, ids) for e, ids in zip(examples, answers, strict=True))
         read = TokenTable.from_sequences([example.classified(example.text) for example in examples])
-        classifies = digest([classifier.fingerprint, str(classifier.dtype), read.fingerprint()])
+        classifies = digest([classifier.computes, read.fingerprint()])
         training = self._training(len(rows), classifies).rewarded(examples, classifier)
-        key = digest(
-            {
-                "training": asdict(training),
-                "table": table.fingerprint(),
-                "model": [paraphraser.fingerprint, str(paraphraser.dtype), ctx.settings.slots["quant"]],
-                "steps": self.steps,
-                "seed": ctx.seed,
-                "code": code_digest([("adapter", "lora")], ["select", "training", "tokens"]),
-            }
-        )
+        quant = ctx.settings.slots["quant"]
+        what = {
+            "training": asdict(training),
+            "table": table.fingerprint(),
+            "model": paraphraser.computes | {"quant": quant},
+            "steps": self.steps,
+            "seed": ctx.seed,
+        }
+        chosen = {"quant": [quant[0]], "select": [], "picker": [], "tokens": []}
+        key = key_of("paraphrases", what, modules=[__name__, type(training).__module__], chosen=chosen)
         assert own.shards is not None
-        file = own.shards / f"paraphrases-{key}" / FOUND
-        there = stagecache.fetch("paraphrases", key, file.parent) if ctx.team.rank == 0 else None
+        file = own.shards / f"paraphrases-{key.digest}" / FOUND
+        there = stagecache.fetch(key, file.parent) if ctx.team.rank == 0 else None
         if ctx.team.gather_object(there)[0]:
             ctx.report.note("the same paraphrases were made before: they are used again")
             found = json.loads(file.read_text())
@@ -148,7 +148,7 @@ class RiffParaphrase(TokenPolicy):
             if ctx.team.rank == 0:
                 with written_beside(file) as beside:
                     beside.write_text(json.dumps(found, ensure_ascii=False))
-                stagecache.keep("paraphrases", key, [file])
+                stagecache.keep(key, [file])
         own.discard()
         return found
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ftrun.data.calls import Call, read_call, tools_of
-from ftrun.data.records import Message, Record
+from ftrun.data.records import Message, Record, answers
 from ftrun.data.render import Renderer
+from ftrun.data.turns import messages_of
 from ftrun.errors import ComponentError, ConfigError
 from ftrun.registry import register
 from ftrun.tokens.base import TokenPolicy, edited_row
@@ -72,9 +73,7 @@ class TlTraining(TokenPolicy):
         counted: Counter[str] = Counter()
         for record in records:
             for turn, message in enumerate(record.messages):
-                if message.role != "assistant" or all(
-                    m.role in ("system", "assistant") for m in record.messages[:turn]
-                ):
+                if message.weight == 0 or turn not in answers(record.messages):
                     continue
                 fate = self.fate(record.messages[turn + 1 :])
                 counted[fate] += 1
@@ -107,7 +106,7 @@ class TlTraining(TokenPolicy):
         counted: Counter[str] = Counter()
         for index in range(len(table)):
             row, item = rows[int(table.record[index])], table.sequence(index)
-            turns = tuple(Message(turn["role"], turn["content"]) for turn in row["messages"])
+            turns = messages_of(row)
             record = Record(item.record, "sft", turns, fields=row)
             first = len(renderer.prompt_ids(record))
             reply = first + np.flatnonzero(np.asarray(item.loss_weight[first:]) > 0)
