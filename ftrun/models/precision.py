@@ -78,7 +78,7 @@ def _parts(base: nn.Module, backbone: str) -> list[nn.Module]:
 def _set(modules: list[nn.Module], dtype: torch.dtype | None) -> None:
     for module in modules:
         if isinstance(module, Mixed):
-            module.__class__ = type(module).__mro__[2]  # the plain class
+            module.__class__ = type(module).__mro__[2]  # type: ignore[assignment]  # the plain class
             del module.products
         if dtype is not None:
             module.__class__ = _subclass(type(module))
