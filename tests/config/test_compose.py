@@ -244,3 +244,30 @@ def test_settings_read_as_the_command_line_spells_them() -> None:
     assert plain["select"]["name"] == "superfiltering" and plain["select"]["model"] == {"path": "small"}
     assert plain["select"]["picker"]["name"] == "own" and plain["adapter"]["r"] == 64
     assert plain["eval"]["heldout"] and plain["budget"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "refused"),
+    [
+        ("train", [], True),
+        ("plan", [], True),
+        ("preview", [], True),
+        ("train", ["stages=[select,train]"], True),
+        ("train", ["stages=[eval]"], False),
+        ("train", ["stages=[select]"], False),
+        ("eval", [], False),
+        ("generate", [], False),
+        ("merge", [], False),
+        ("select", [], False),
+        ("eval", ["recipe=perturbation_sensitivity"], True),  # the evaluator changes the base weights
+        ("select", ["recipe=perturbation_sensitivity"], False),
+    ],
+)
+def test_components_clash_where_both_are_at_work(verb, words, refused):
+    """Full fine-tuning of 4-bit weights, which only some verbs and stages would do."""
+    asked = ["quant=nf4", "adapter=none", *words]
+    if refused:
+        with pytest.raises(ConfigError, match=r"quant=nf4"):
+            load(asked, verb)
+    else:
+        load(asked, verb)
