@@ -263,3 +263,30 @@ def test_a_recipe_file_in_a_folder_of_any_name(mine: Path, tmp_path: Path) -> No
     folder = tmp_path / "josé's (first)"
     folder.mkdir()
     assert load([f"recipe={mine.rename(folder / mine.name)}"], "train").settings.recipe == mine.stem
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "refused"),
+    [
+        ("train", [], True),
+        ("plan", [], True),
+        ("preview", [], True),
+        ("train", ["stages=[select,train]"], True),
+        ("train", ["stages=[eval]"], False),
+        ("train", ["stages=[select]"], False),
+        ("eval", [], False),
+        ("generate", [], False),
+        ("merge", [], False),
+        ("select", [], False),
+        ("eval", ["recipe=perturbation_sensitivity"], True),  # the evaluator changes the base weights
+        ("select", ["recipe=perturbation_sensitivity"], False),
+    ],
+)
+def test_components_clash_where_both_are_at_work(verb, words, refused):
+    """Full fine-tuning of 4-bit weights, which only some verbs and stages would do."""
+    asked = ["quant=nf4", "adapter=none", *words]
+    if refused:
+        with pytest.raises(ConfigError, match=r"quant=nf4"):
+            load(asked, verb)
+    else:
+        load(asked, verb)
