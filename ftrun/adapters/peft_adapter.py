@@ -85,7 +85,7 @@ class PeftAdapter(Adapter):
                 if config.is_prompt_learning:
                     what = f"{source} holds the trained prompts, not the network that made them"
                 raise ConfigError(what, f"run={folder}", " ".join(str(error).split())[:300]) from error
-            wrapped = wrapped if config.is_prompt_learning else loaded
+            wrapped = wrapped if config.is_prompt_learning else _unrounded(loaded, source)
         have = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         if odd := sorted(saved.keys() ^ have.keys()):
             raise ConfigError("the adapter does not belong to this model", f"{source}: {', '.join(odd[:3])}")
@@ -104,18 +104,10 @@ class PeftAdapter(Adapter):
         return folder / "adapter"
 
     def load(self, model: Any, folder: Path) -> nn.Module:
-        from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-
-        from ftrun.models.precision import NARROW, widen
+        from peft import PeftModel
 
         with settled_warnings():
-            loaded = PeftModel.from_pretrained(model, folder / "adapter")
-        trained = ("modules_to_save", "trainable_tokens")  # copies of base weights: peft gives them the base's dtype
-        narrow = [p for name, p in loaded.named_parameters() if p.dtype in NARROW and any(t in name for t in trained)]
-        if narrow:
-            widen(narrow)
-            set_peft_model_state_dict(loaded, load_peft_weights(str(folder / "adapter"), device="cpu"))
-        return loaded
+            return _unrounded(PeftModel.from_pretrained(model, folder / "adapter"), folder / "adapter")
 
     def merge(self, model: Any) -> nn.Module:
         if not self.mergeable:
@@ -137,6 +129,20 @@ class PeftAdapter(Adapter):
             raise ComponentError(
                 f"peft cannot merge this adapter: {error}", todo="Load adapter/ with peft instead."
             ) from error
+
+
+def _unrounded(loaded: Any, source: Path) -> Any:
+    """The model with what ``source`` holds in float32, where peft has given it the dtype of the base."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    from ftrun.models.precision import NARROW, widen
+
+    trained = ("modules_to_save", "trainable_tokens")  # copies of base weights
+    narrow = [p for name, p in loaded.named_parameters() if p.dtype in NARROW and any(t in name for t in trained)]
+    if narrow:
+        widen(narrow)
+        set_peft_model_state_dict(loaded, load_peft_weights(str(source), device="cpu"))
+    return loaded
 
 
 @contextmanager

@@ -11,13 +11,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ftrun import registry
 from ftrun.adapters.base import Adapter
+from ftrun.adapters.plain_weights import load_again
 from ftrun.config.ancestor import adapter_of
 from ftrun.data.render import apply_template
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_bundle, load_config, parameters_in, resolve_dtype
+from ftrun.models.precision import NARROW, mix
 from ftrun.objectives.base import Objective
 from ftrun.runs import memory
 from ftrun.runs.artifacts import digest, sha256
@@ -60,6 +63,9 @@ def _go_on(bundle: Bundle, ctx: Context) -> None:
     weights = sorted(source.glob("*.safetensors"))
     ctx.facts["ancestor"] = {"run": settings.run, "weights": digest([sha256(file) for file in weights])}
     if run is None:
+        if bundle.dtype in NARROW and "trainable_base" in registry.find("adapter", settings.choice("adapter")).needs:
+            bundle.model = load_again(bundle.model, source).eval()  # what was trained in float32 is not rounded
+            mix(bundle)
         return
     lock = run / "lock.json"
     stood_on = json.loads(lock.read_text())["fingerprints"].get("model") if lock.exists() else None
@@ -73,6 +79,7 @@ def _go_on(bundle: Bundle, ctx: Context) -> None:
     ctx.adapter = adapter
     bundle.model = adapter.go_on(settings.component("quant").prepare(bundle.model), ctx, run)
     bundle.model.eval()
+    mix(bundle)
 
 
 def attach(
