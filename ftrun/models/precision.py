@@ -75,14 +75,14 @@ def _parts(base: nn.Module, backbone: str) -> list[nn.Module]:
     return [base, *([base.get_submodule(backbone)] if backbone else [])]
 
 
-def _set(modules: list[nn.Module], dtype: torch.dtype | None) -> None:
+def _set(modules: list[Any], dtype: torch.dtype | None) -> None:
     for module in modules:
         if isinstance(module, Mixed):
             module.__class__ = type(module).__mro__[2]  # type: ignore[assignment]  # the plain class
             del module.products
         if dtype is not None:
             module.__class__ = _subclass(type(module))
-            module.products = dtype  # type: ignore[assignment]
+            module.products = dtype
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def merge_run(run: Path, settings: Settings, device: torch.device, target: Path 
     target = target or run / "model"
     if target == run / "model" and target.is_dir():
         return target
+    if not settings.train.pure_bfloat16:  # a sum in bfloat16 would round small changes away
+        settings = replace(settings, model=replace(settings.model, dtype="float32"))
     bundle = load_trained(run, settings, device, full_precision=True)
     merged: Any = settings.component("adapter").merge(bundle.model)
     with whole_folder(target) as folder:

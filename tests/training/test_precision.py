@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import ftrun
 from ftrun.config.settings import ModelConfig
@@ -18,9 +18,9 @@ from ftrun.models.load import load_bundle
 from ftrun.models.precision import mix, products_of, set_products, widen
 
 METHODS = {
-    "sft": ["recipe=sft", "optim.learning_rate=1e-3"],
-    "lora_sft": ["recipe=lora_sft", "adapter.r=4", "optim.learning_rate=5e-3"],
-    "lisa": ["recipe=lisa", "adapter.layers=1", "adapter.interval=3", "optim.learning_rate=1e-3"],
+    "sft": ["recipe=sft"],
+    "lora_sft": ["recipe=lora_sft", "adapter.target_modules=all-linear", "adapter.lora_dropout=0", "train.merge=true"],
+    "lisa": ["recipe=lisa", "adapter.layers=1", "adapter.interval=3"],
 }
 
 
@@ -42,57 +42,50 @@ def dtypes(folder: Path) -> set[torch.dtype]:
 @pytest.mark.parametrize("recipe", list(METHODS))
 def test_twelve_steps_in_mixed_precision_are_those_of_float32(recipe, tiny_dir, rows_file, tmp_path):
     """Evaluation included; what is saved is float32 and gives the same held-out loss when it is loaded again."""
-    whole = train(recipe, tiny_dir, rows_file, tmp_path / "float32", "float32")
-    mixed = train(recipe, tiny_dir, rows_file, tmp_path / "bfloat16", "bfloat16")
+    rate = f"optim.learning_rate={1e-2 if recipe == 'lora_sft' else 1e-3}"
+    whole = train(recipe, tiny_dir, rows_file, tmp_path / "float32", "float32", rate)
+    mixed = train(recipe, tiny_dir, rows_file, tmp_path / "bfloat16", "bfloat16", rate)
     np.testing.assert_allclose(losses(tmp_path / "bfloat16"), losses(tmp_path / "float32"), rtol=0.02)
-    assert losses(tmp_path / "float32")[-3:].mean() < 0.9 * losses(tmp_path / "float32")[:3].mean()
+    assert losses(tmp_path / "float32")[-3:].mean() < 0.97 * losses(tmp_path / "float32")[:3].mean()
     heldout = mixed["metrics"]["heldout"]["loss"]
     assert heldout == pytest.approx(whole["metrics"]["heldout"]["loss"], rel=0.02)
-    kind = "adapter" if recipe == "lora_sft" else "model"
-    assert dtypes(tmp_path / "bfloat16" / kind) == {torch.float32}
+    for kind in ("adapter", "model") if recipe == "lora_sft" else ("model",):
+        assert dtypes(tmp_path / "bfloat16" / kind) == {torch.float32}
     assert dtypes(max((tmp_path / "bfloat16/train/checkpoints").glob("step-*"))) == {torch.float32}
     again = ftrun.run("eval", overrides=[f"run={tmp_path / 'bfloat16'}"])
     assert again["metrics"]["heldout"]["loss"] == pytest.approx(heldout, rel=1e-5)
 
 
-def moved(before: Path, run: Path) -> float:
+def moved(base: Path, run: Path) -> float:
     """Share of the weights that a run has changed."""
-    first = {name: value.float() for name, value in load_file(before / "model.safetensors").items()}
     last = load_file(run / "model" / "model.safetensors")
-    changed = [(last[name].float() != value).float().mean() for name, value in first.items()]
-    return float(torch.stack(changed).mean())
+    pairs = [
+        (value.bfloat16().float(), last[name].float()) for name, value in load_file(base / "model.safetensors").items()
+    ]
+    return float(sum((one != two).sum() for one, two in pairs) / sum(one.numel() for one, _ in pairs))
 
 
-def test_updates_below_the_digits_of_bfloat16_are_kept(tiny_dir, rows_file, tmp_path, capsys):
+def test_updates_below_the_digits_of_bfloat16_are_kept(tiny_dir, rows_file, tmp_path):
     """In pure bfloat16, asked for by name and warned of, most of them are lost."""
-    base = tmp_path / "base"
-    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.where(parameter == 0, 1.0, parameter.sign()))  # 1e-5 of 1 is far below 1/256
-    model.save_pretrained(base)
-    for file in tiny_dir.glob("tokenizer*"):
-        (base / file.name).write_bytes(file.read_bytes())
-    (base / "chat_template.jinja").write_bytes((tiny_dir / "chat_template.jinja").read_bytes())
-    more = ["optim.learning_rate=1e-5", "train.max_steps=2", "eval=[]"]
-    train("sft", base, rows_file, tmp_path / "mixed", "bfloat16", *more)
-    assert moved(base, tmp_path / "mixed") > 0.5
-    train("sft", base, rows_file, tmp_path / "pure", "bfloat16", *more, "train.pure_bfloat16=true")
-    assert moved(base, tmp_path / "pure") == 0
-    assert "pure bfloat16" in capsys.readouterr().err
+    more = ["optim.learning_rate=1e-6", "train.max_steps=2", "eval=[]"]
+    train("sft", tiny_dir, rows_file, tmp_path / "mixed", "bfloat16", *more)
+    assert moved(tiny_dir, tmp_path / "mixed") > 0.9
+    train("sft", tiny_dir, rows_file, tmp_path / "pure", "bfloat16", *more, "train.pure_bfloat16=true")
+    assert moved(tiny_dir, tmp_path / "pure") < 0.1
+    assert "pure bfloat16" in (tmp_path / "pure" / "ftrun.log").read_text()
     assert dtypes(tmp_path / "pure" / "model") == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
-    ("words", "what"),
+    ("dtype", "more", "what"),
     [
-        (["model.dtype=float16"], "gradients vanish in float16"),
-        (["model.dtype=float32", "train.pure_bfloat16=true"], "no effect"),
+        ("float16", [], "gradients vanish in float16"),
+        ("float32", ["train.pure_bfloat16=true"], "no effect"),
     ],
 )
-def test_what_cannot_work_is_refused(words, what, tiny_dir, rows_file, tmp_path):
+def test_what_cannot_work_is_refused(dtype, more, what, tiny_dir, rows_file, tmp_path):
     with pytest.raises(ConfigError, match=what):
-        train("sft", tiny_dir, rows_file, tmp_path / "run", "float32", "eval=[]", *words)
+        train("sft", tiny_dir, rows_file, tmp_path / "run", dtype, "eval=[]", *more)
 
 
 def test_mixing_can_be_taken_back_and_leaves_class_and_gradients_right(tiny_dir):
@@ -113,7 +106,9 @@ def test_mixing_can_be_taken_back_and_leaves_class_and_gradients_right(tiny_dir)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     head = bundle.architecture.head(model)
     assert head.logits(torch.ones(2, 32)).dtype == torch.bfloat16
-    assert isinstance(model, LlamaForCausalLM) and model.generate(input_ids=ids, max_new_tokens=2).shape == (1, 22)
+    assert isinstance(model, LlamaForCausalLM) and model.generate(
+        input_ids=ids, min_new_tokens=2, max_new_tokens=2
+    ).shape == (1, 22)
     set_products(model, backbone, None)
     assert type(model) is plain and model(input_ids=ids).logits.dtype == torch.float32
 
