@@ -115,6 +115,18 @@ class ChatTemplate:
         return None
 
     @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the template writes the tools that it is given."""
+        tool = {"type": "function", "function": {"name": PROBE, "description": "d", "parameters": {"type": "object"}}}
+        return PROBE in (self._probed({"content": "b"}, [tool]) or "")
+
+    @cached_property
+    def turn_mark(self) -> str:
+        """What introduces an answer."""
+        asked = [{"role": "user", "content": "a"}]
+        return self.render(asked, True).removeprefix(self.render(asked, False))
+
+    @cached_property
     def _calls_form(self) -> tuple[str | None, bool] | None:
         """How the template wants a call: the content of a turn that has no other, and whether arguments are JSON text."""
         for as_text in (False, True):
@@ -124,9 +136,9 @@ class ChatTemplate:
                     return empty, as_text
         return None
 
-    def _probed(self, answer: dict[str, Any]) -> str | None:
+    def _probed(self, answer: dict[str, Any], tools: list[Any] | None = None) -> str | None:
         try:
-            return self.render([{"role": "user", "content": "a"}, {"role": "assistant", **answer}], False)
+            return self.render([{"role": "user", "content": "a"}, {"role": "assistant", **answer}], False, tools)
         except (TemplateError, TypeError, ValueError, KeyError):
             return None
 
@@ -153,26 +165,28 @@ class Conversation:
                 "Change the row, or give another template with model.template.",
             ) from error
 
-    def check_said(self, whole: str, answers: dict[int, str]) -> None:
+    def check_said(self, context: str, answers: dict[int, str]) -> None:
         """Raise DataError for anything that the rendered text leaves out.
 
-        Looked for is each turn in the whole text, and what is trained in the text of its own turn, ``answers`` by place.
+        What is trained is looked for in the text of its own turn, ``answers`` by place, all else in what is context.
         Earlier answers that are not trained are the template's to rewrite: it does the same when the model is used.
         """
         for tool in self.tools:
             name = str(tool["function"]["name"])
-            if not _holds(whole, name):
+            if not self.template.writes_tools or not _holds(context, name):
                 raise DataError(
                     f'the chat template does not write the tool "{name}" of the column tools',
                     self.where,
                     "Give a template that takes tools with model.template, or leave the column out with data.ignore=[tools].",
                 )
+        others = [str(turn["content"]) for turn in self.turns if turn["role"] != "assistant"]
         for at, turn in enumerate(self.turns):
-            own = answers.get(at) if turn["role"] == "assistant" else whole
-            if own is None:
+            answer = turn["role"] == "assistant"
+            if answer and at not in answers:
                 continue
             for part in _parts(turn):
-                if not _holds(own, part):
+                times = 1 if answer else sum(other.count(part.strip()) for other in others) if part.strip() else 0
+                if not _holds(answers[at] if answer else context, part, times):
                     shown = self.template.literals.show(part.strip())
                     raise DataError(
                         f"the chat template leaves out what turn {at + 1} ({turn['role']}) says: "
@@ -208,15 +222,14 @@ def _leaves(value: Any) -> Iterator[str]:
         yield from _leaves(item)
 
 
-def _holds(text: str, part: str) -> bool:
-    """Whether a text holds a part, white space aside, or the part as JSON writes it."""
+def _holds(text: str, part: str, times: int = 1) -> bool:
+    """Whether a text holds a part so many times, white space aside, or the part as JSON writes it."""
     part = part.strip()
-    if part in text:
+    if not part or (times == 1 and part in text) or text.count(part) >= times:
         return True
+    written = (part, *(json.dumps(part, ensure_ascii=ascii)[1:-1] for ascii in (False, True)))
     shrunk = _shrunk(text)
-    return _shrunk(part) in shrunk or any(
-        _shrunk(json.dumps(part, ensure_ascii=ascii)[1:-1]) in shrunk for ascii in (False, True)
-    )
+    return sum(shrunk.count(form) for form in set(map(_shrunk, written))) >= times
 
 
 def _shrunk(text: str) -> str:

@@ -138,6 +138,11 @@ def layout_of(
             raise ConfigError(
                 f'data.columns names a column "{theirs}" that the rows do not have', where, nearest(theirs, first)
             )
+    for name in ignored:
+        if name not in first and name not in NAMES:
+            raise ConfigError(
+                f'data.ignore names a column "{name}" that the rows do not have', where, nearest(name, [*first, *NAMES])
+            )
     if setting != "auto":
         return Layout(setting, columns, system, forced=True, ignored=ignored)
     view = renamed(first, columns, ignored)

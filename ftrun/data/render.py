@@ -262,8 +262,8 @@ class Renderer:
             if not rest.startswith(done):
                 return self._last_turn_only(record, chat, weights, generate)
             segments.append(Segment(rest[len(done) :], 0.0))
-            done = rest
-        chat.check_said(done, {at: text for at, text in said.items() if weights[at] > 0})
+        context = "".join(segment.text for segment in segments if not segment.response)
+        chat.check_said(context, {at: text for at, text in said.items() if weights[at] > 0})
         return [segment for segment in segments if segment.text]
 
     def _last_turn_only(
@@ -283,7 +283,7 @@ class Renderer:
             chat.check_said(whole, {})
             return [Segment(whole, 0.0)]
         prompt = chat.text(last, True)
-        chat.check_said(whole, {last: whole[len(prompt) :]} if weights[last] > 0 else {})
+        chat.check_said(prompt, {last: whole[len(prompt) :]} if weights[last] > 0 else {})
         return [Segment(prompt, 0.0), Segment(whole[len(prompt) :], weights[last], response=True)]
 
     # ---- tokens ----
@@ -359,13 +359,17 @@ class Renderer:
             found.append(Sequence(sequence.input_ids[part], weight, sequence.record, sequence.label))
         return found
 
+    def _begins_turns(self, record: Record) -> bool:
+        """Whether the template begins every turn with the BOS: a second one is then the first turn's own."""
+        return record.kind != "text" and self.tokenizer.bos_token in self._chat.turn_mark
+
     def _refuse_double_bos(self, ids: np.ndarray, record: Record, where: str) -> None:
         bos = self.tokenizer.bos_token_id
-        if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+        if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos and not self._begins_turns(record):
             source = (
                 "its text begins with one, and the tokenizer adds another"
                 if record.kind == "text"
-                else "the chat template writes it twice, or the row begins with one"
+                else "the chat template writes it twice"
             )
             raise DataError(
                 f"row {record.id} begins with {self.tokenizer.bos_token} twice: {source}", where, "Remove one of them."

@@ -121,8 +121,9 @@ class TokenPolicy:
 def edited_row(record: Record, messages: Iterable[Message]) -> dict[str, Any]:
     """A row for `TokenPolicy.edit`: the record with this conversation instead of its own, its other columns unchanged."""
     named = {"answer": record.answer, "verifier": record.verifier}
+    offered = {"tools": list(record.tools)} if record.tools else {}  # whatever their column is called
     folded = ("chosen", "rejected", "weight", "train", "loss")  # the turns say it now
     further = {key: value for key, value in record.fields.items() if key not in (*folded, *named)}
     turns = [message.turn() for message in messages]
     known = {key: value for key, value in named.items() if value is not None}
-    return {**further, **known, "messages": turns, "row": record.id}
+    return {**further, **known, **offered, "messages": turns, "row": record.id}

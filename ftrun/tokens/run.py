@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ftrun.data.meanings import ROW
 from ftrun.data.pool import Pool, load_pool
 from ftrun.data.roles import ROLES
 from ftrun.errors import ComponentError, ConfigError, DataError
@@ -54,7 +55,8 @@ def edit_rows(policy: TokenPolicy, pool: Pool, ctx: Context, name: str = "edited
         )
     with path.open() as lines:  # a label that stays beside a conversation is no feedback on it
         form = "messages" if "messages" in json.loads(lines.readline()) else "auto"
-    data = replace(ctx.settings.data, path=str(path), format=form, columns={}, weights=None, limit=None)
+    known = [name for name in ctx.settings.data.ignore if name in ROW]  # the user's own columns may be gone
+    data = replace(ctx.settings.data, path=str(path), format=form, columns={}, ignore=known, weights=None, limit=None)
     edited = load_pool(data, cache_dir() / "data", ctx.seed)
     ctx.report.note(f"{len(edited):,} rows made of {len(pool):,}: {path}")
     return edited

@@ -175,7 +175,7 @@ def test_what_a_template_does_not_write_is_refused(tokenizer):
     with pytest.raises(DataError, match="does not write tool_calls, and turn 2 has them"):
         trained(tokenizer, said(*CALLED))
     with pytest.raises(DataError, match='the tool "look_up" of the column tools'):
-        trained(tokenizer, said(("user", "q"), ("assistant", "a"), tools=[TOOL]))
+        trained(tokenizer, said(("user", "q"), ("assistant", "look_up(city='Rome')"), tools=[TOOL]))
     tokenizer.chat_template = TOOLS.replace("CALL", "call.function.name")
     with pytest.raises(DataError, match="does not write tool_calls"):
         trained(tokenizer, said(*CALLED))
@@ -183,8 +183,9 @@ def test_what_a_template_does_not_write_is_refused(tokenizer):
         "{% for m in messages if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         + ASKS
     )
-    with pytest.raises(DataError, match=r"leaves out what turn 2 \(tool\) says: 'yes'"):
-        trained(tokenizer, said(("user", "q"), ("tool", "yes"), ("assistant", "a")))
+    for asked in ("q", "yes?"):  # also where somebody else said it too
+        with pytest.raises(DataError, match=r"leaves out what turn 2 \(tool\) says: 'yes'|turn 1 \(user\)"):
+            trained(tokenizer, said(("user", asked), ("tool", "yes"), ("assistant", "yes")))
 
 
 def test_a_call_that_is_a_turn_is_text_where_the_template_knows_no_calls(tokenizer):
@@ -300,6 +301,14 @@ def test_built_in_templates_begin_as_the_tokenizer_does(tokenizer, template):
     apply_template(tokenizer, template)
     assert Renderer(tokenizer).sequences(row)[0].input_ids.tolist() == [bos, *before]
     assert Renderer(tokenizer).prompt_ids(row)[:1] == [bos] and trained(tokenizer, row) == ["Baltic<|im_end|>"]
+
+
+def test_a_bos_that_begins_every_turn_may_stand_twice(tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
+    tokenizer.chat_template = "{{ bos_token }}" + NO_SYSTEM
+    row = said(("user", "q"), ("assistant", "a"))
+    assert Renderer(tokenizer).sequences(row)[0].input_ids[:2].tolist() == [tokenizer.bos_token_id] * 2
+    assert trained(tokenizer, row) == ["a<|im_end|>"]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from ftrun.data.formats import layout_of
 from ftrun.data.meanings import ROW, TURN
 from ftrun.data.records import Message, answers
 from ftrun.data.turns import messages_of
-from ftrun.errors import DataError
+from ftrun.errors import ConfigError, DataError
 
 U, A, S, T = (lambda text, role=role: Message(role, text) for role in ("user", "assistant", "system", "tool"))
 
@@ -127,6 +127,9 @@ def test_what_says_nothing_is_not_refused():
     assert record(chat({"train_detail": None, "refusal": None}, images=[], mask="User", chat_template_kwargs={}))
     assert record({"instruction": "q", "output": "a", "rejected": "b"}, setting="alpaca").kind == "sft"
     assert record(chat({}, images=["a.png"]), ignored=("images",)).kind == "sft"
+    with pytest.raises(ConfigError, match="wieght") as caught:
+        record(chat({}), ignored=("wieght",))
+    assert "weight" in caught.value.todo
 
 
 def test_every_listed_key_says_what_becomes_of_it():

@@ -106,6 +106,23 @@ def test_conversations_of_several_turns(policy, prepared):
     assert record.messages == tuple(Message(t["role"], t["content"].upper()) for t in turns)  # type: ignore[arg-type]
 
 
+def test_all_that_a_turn_says_survives(policy, prepared):
+    """Weights, of the row too, thoughts, calls and tools; a label beside them does not make feedback of the edited rows."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "weight": 0, "reasoning_content": "hm"},
+        {"role": "user", "content": "p"},
+        {"role": "assistant", "content": "b", "tool_calls": [call]},
+    ]
+    row = {"messages": turns, "label": "joy", "weight": 0.5, "offers": [{"name": "f"}], "mine": 1}
+    ctx, pool = prepared([row], columns={"tools": "offers"}, format="messages", ignore=["mine"])
+    before, after = pool[0], edit_rows(policy, pool, ctx)[0]
+    assert after.messages == tuple(replace(m, content=m.content.upper()) for m in before.messages)
+    assert [m.weight for m in after.messages] == [None, 0, None, 0.5] and after.messages[1].thought == "hm"
+    assert (after.kind, after.tools) == ("sft", before.tools) and after.tools and after.messages[3].calls == (call,)
+
+
 def test_what_is_there_is_read_and_not_made_again(policy, prepared):
     ctx, pool = prepared(ROWS)
     first = edit_rows(policy, pool, ctx)

@@ -52,7 +52,7 @@ def reward(path: str, records: list[Record], answers: list[str], ctx: Context) -
 
 def _conversation(record: Record, answer: str, tokenizer: Any) -> list[int]:
     """Tokens of prompt and answer in the classifier's own layout; without one, the texts a line each."""
-    messages = [{"role": message.role, "content": message.content} for message in record.prompt]
+    messages = [{"role": message.role, "content": message.text} for message in record.prompt]
     messages.append({"role": "assistant", "content": answer})
     if getattr(tokenizer, "chat_template", None):
         return encode(tokenizer, [tokenizer.apply_chat_template(messages, tokenize=False)])[0]
