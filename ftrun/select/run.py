@@ -65,7 +65,7 @@ def run_selection(
     """
     scorer: Scorer = settings.component("select")
     picker = picker_of(settings)
-    budget = _budget(settings, scorer, picker, len(pool))
+    budget = budget_of(settings, len(pool))
     folder = ctx.selection
     ctx.scoring = Scoring(
         load, ctx.team, ctx.report, settings.select.batch_tokens, folder / "shards", own_tokenizer=tokenizer
@@ -89,8 +89,10 @@ def run_selection(
     return selected
 
 
-def _budget(settings: Settings, scorer: Scorer, picker: Picker, rows: int) -> Budget:
-    """The budget in rows or tokens; all rows where the picker does without."""
+def budget_of(settings: Settings, rows: int) -> Budget:
+    """The budget in rows or tokens; all rows where the picker does without. Raises ConfigError for a useless one."""
+    scorer: Scorer = settings.component("select")
+    picker = picker_of(settings)
     name = settings.choice("select")
     if picker.needs_scores and not scorer.column:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from ftrun.config.compose import Composed
 from ftrun.config.settings import Settings
 from ftrun.config.values import parse_budget
 from ftrun.data.batches import Plan, token_budget
-from ftrun.data.pool import load_pool
 from ftrun.models.architecture import Architecture, describe
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_tokenizer, meta_model, resolve_dtype
@@ -42,10 +42,12 @@ class Stage:
 def plan(composed: Composed) -> dict[str, Any]:
     """Print the estimate as tables and return it, as plan.json in ``out`` too. Only rows and tokenizer are loaded."""
     settings = composed.settings
-    ctx = plain_context(settings, Path("."))
-    chain = Chain(ctx, composed, [], StopSignals())
-    pool = load_pool(settings.data, chain.rows.work, settings.seed)
-    prepared = chain.rows.prepare(pool, "rows")
+    with tempfile.TemporaryDirectory(prefix="ftrun-plan-") as scratch:
+        ctx = plain_context(settings, Path(scratch))
+        chain = Chain(ctx, composed, [], StopSignals())
+        train_pool = chain.rows.training()
+        chain.check_budget(train_pool)
+        prepared = chain.rows.tokenise(train_pool)
     table = prepared.table
     lengths = np.asarray(table.lengths).reshape(len(table), -1).sum(axis=1)
     model = meta_model(settings.model, settings.task)
