@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ftrun.data.formats import NAMES
 from ftrun.data.raw import Raw, Reading
 from ftrun.data.splits import choose
 from ftrun.errors import DataError
@@ -23,7 +24,9 @@ def read_parquet(path: Path, reading: Reading) -> Iterator[Raw]:
             columns = text_columns(file.schema_arrow, str(path), reading)
             yield from _rows(file.iter_batches(batch_size=BATCH, columns=columns), str(path))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a whole parquet file", str(path), (str(error) or "?").splitlines()[0]) from error
+        raise DataError(
+            f"{path} is not a whole parquet file", str(path), (str(error) or "?").splitlines()[0]
+        ) from error
 
 
 def read_arrow(folder: Path, reading: Reading) -> Iterator[Raw]:
@@ -59,8 +62,6 @@ def text_columns(schema: Any, name: str, reading: Reading) -> list[str]:
 
     Raises DataError where a column that a layout reads holds bytes.
     """
-    from ftrun.data.formats import NAMES
-
     names: list[str] = [str(field.name) for field in schema]
     if len(set(names)) < len(names):
         raise DataError(f"{name} has two columns of one name", name, "Rename one: " + ", ".join(names))
@@ -70,7 +71,9 @@ def text_columns(schema: Any, name: str, reading: Reading) -> list[str]:
             raise DataError(f"the column {column} of {name} holds bytes, not text", name, "Save it as text.")
     if raw:
         them = "column " + raw[0] if len(raw) == 1 else "columns " + ", ".join(raw)
-        reading.note(f"{name}: the {them} hold{'s' * (len(raw) == 1)} bytes, and {'is' if len(raw) == 1 else 'are'} left out")
+        reading.note(
+            f"{name}: the {them} hold{'s' * (len(raw) == 1)} bytes, and {'is' if len(raw) == 1 else 'are'} left out"
+        )
     return [column for column in names if column not in raw]
 
 

@@ -68,7 +68,9 @@ def parse_line(line: str, path: Path, number: int) -> dict[str, Any]:
         raise DataError(f"line {number} of {path}: {error}", where, "Keep one of them.") from None
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", str(error))
-        raise DataError(f"line {number} of {path} is not JSON: {reason}", where, "Repair or remove that line.") from error
+        raise DataError(
+            f"line {number} of {path} is not JSON: {reason}", where, "Repair or remove that line."
+        ) from error
     return _row(fields, line, str(path), number)
 
 

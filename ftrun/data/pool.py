@@ -184,7 +184,9 @@ def _read_source(path: str, number: int, data: DataConfig, spool: Spool, stop: i
         raise DataError(f"{path} holds no rows", f"data.path={path}")
     if unfit:
         named = "; ".join(unfit[:NAMED]) + f"; and {len(unfit) - NAMED:,} more" * (len(unfit) > NAMED)
-        reading.notes.append(f"{len(unfit):,} row{'s' * (len(unfit) != 1)} of {path} left out (data.unfit=drop): {named}")
+        reading.notes.append(
+            f"{len(unfit):,} row{'s' * (len(unfit) != 1)} of {path} left out (data.unfit=drop): {named}"
+        )
     return layout
 
 
@@ -193,7 +195,7 @@ def refuse_idle_split(pool: Pool, data: DataConfig) -> None:
     if pool.splits or data.split == "train":  # all rows of a source without splits are its training rows
         return
     raise DataError(
-        f'data.split={data.split} chooses nothing: {data.path if isinstance(data.path, str) else ", ".join(data.path)} has no splits',
+        f"data.split={data.split} chooses nothing: {data.path if isinstance(data.path, str) else ', '.join(data.path)} has no splits",
         f"data.split={data.split}",
         "Leave data.split out, or name a folder with files of several splits, or a hub data set.",
     )

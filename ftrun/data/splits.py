@@ -142,7 +142,7 @@ def _patterns(data_files: Any, readme: Path) -> list[tuple[str, list[str]]]:
     found: list[tuple[str, list[str]]] = []
     for entry in entries:
         split, path = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
-        paths = path if isinstance(path, list) else [path]
+        paths: list[Any] = path if isinstance(path, list) else [path]
         if not isinstance(split, str) or not paths or not all(isinstance(one, str) and one for one in paths):
             raise DataError(f"the data_files of {readme} name no split with its files", str(readme), "Repair them.")
         found.append((split, paths))

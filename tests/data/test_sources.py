@@ -6,13 +6,17 @@ import csv
 import gzip
 import json
 import socket
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ftrun.config.settings import DataConfig
 from ftrun.data import hub, sources
 from ftrun.data.builtin import names
-from ftrun.data.pool import load_pool, train_and_heldout
+from ftrun.data.pool import load_pool, refuse_idle_split, train_and_heldout
 from ftrun.data.raw import Reading
 from ftrun.data.verify import verifier
 from ftrun.errors import ConfigError, DataError
@@ -176,7 +180,7 @@ def test_header_without_rows(tmp_path):
         ("a.csv", b"text,label\na,b\na,\0\n", 3),
         ("a.csv", b'text,label\na,b\na,"b\nc,d\n', 3),
         ("a.csv", b'text,label\n"a"b,c\n', 2),
-        ("a.csv", b'text;label,other\na;b,c\n', 1),
+        ("a.csv", b"text;label,other\na;b,c\n", 1),
         ("a.tsv", b"text\tlabel\na\n", 2),
         ("a.csv", "text,label\n".encode("utf-16"), 1),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\0"}\n', 2),
@@ -246,7 +250,10 @@ TABLES = [
     ("a.csv", "sep=;\ninstruction;output\n2+2;4\n3, 2;5\n"),
     ("a.jsonl", '[{"instruction": "2+2", "output": "4"},\n {"instruction": "3, 2", "output": "5"}]'),
     ("a.jsonl", '\ufeff[\n{"instruction": "2+2", "output": "4"}, {"instruction": "3, 2", "output": "5"}\n]\n'),
-    ("a.json", '{"train": [{"instruction": "2+2", "output": "4"}, {"instruction": "3, 2", "output": "5"}], "test": [{}]}'),
+    (
+        "a.json",
+        '{"train": [{"instruction": "2+2", "output": "4"}, {"instruction": "3, 2", "output": "5"}], "test": [{}]}',
+    ),
     ("a.json", '{"instruction": "2+2", "output": "4"}\n{"instruction": "3, 2", "output": "5"}\n'),
 ]
 
@@ -262,7 +269,7 @@ def test_usual_ways_to_write_a_table(name, content, packed, tmp_path):
 
 def test_lists_in_cells(tmp_path):
     """What a data frame writes for a list, as JSON or as Python, in columns that hold one; other cells stay text."""
-    turns = [{"role": "user", "content": "Hi, \"you\""}, {"role": "assistant", "content": "[1]"}]
+    turns = [{"role": "user", "content": 'Hi, "you"'}, {"role": "assistant", "content": "[1]"}]
     cells = [json.dumps(turns), repr(turns), "[not a list", ""]
     with (tmp_path / "a.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["chat", "prompt", "tools", "note"], *([cell, cell, cell, cell] for cell in cells)])
@@ -390,6 +397,23 @@ def test_arrow_splits(tmp_path):
         refused(tmp_path / folder, 'no split "dev"', "train", "test", reading=Reading("dev"))
     (tmp_path / "each" / "train" / "data-00000-of-00001.arrow").write_bytes(b"no")
     refused(tmp_path / "each", "train")
+
+
+def test_a_split_that_chooses_nothing_is_refused(tmp_path):
+    part(tmp_path, "rows/a.jsonl", "a")
+    part(tmp_path, "splits/test.jsonl", "b")
+
+    def check(split, *paths):
+        data = DataConfig(path=[str(tmp_path / path) for path in paths], split=split)
+        pool = load_pool(data, tmp_path / "work", 0)
+        refuse_idle_split(pool, data)
+        return sorted(record.text for record in pool)
+
+    assert check("train", "rows") == check("train", "rows/a.jsonl") == ["a"]
+    assert check("test", "splits", "rows") == ["a", "b"]  # it acts on one of them
+    for path in ("rows", "rows/a.jsonl", "rows/*"):
+        with pytest.raises(DataError, match=r"data\.split=test chooses nothing"):
+            check("test", path)
 
 
 def test_json_with_splits(tmp_path):
@@ -537,3 +561,51 @@ def test_demo_chat_rows_are_whole_and_different():
 def test_only_checked_sources_have_a_verifier():
     with pytest.raises(ConfigError, match="cannot check"):
         verifier("demo_chat")
+
+
+# ---- damaged files ----
+
+WHOLE = {
+    ".jsonl": jsonl([{"prompt": "q \U0001f642", "completion": "a"}, {"prompt": "q", "completion": [1], "n": None}]),
+    ".json": json.dumps({"data": [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant"}]}]}),
+    ".csv": 'prompt;completion;tools\nq;"a ""b""\nc";"[{""name"": 1}]"\n',
+    ".tsv": "text\tlabel\nt\t1\n",
+}
+DAMAGE = [b"", b"\0", b"\xff", b'"', b"{", b"}", b"[", b"]", b",", b"\n", b"\r", b"\\", b"\\ud83d", b"\xef\xbb\xbf"]
+DAMAGE += [
+    b"\xe2\x80\xae",
+    b"\t",
+    b";",
+    b"'",
+    b"NaN",
+    b"-1e999",
+    b"null",
+    b"[" * 3000,
+    b'{"a":' * 900,
+    b'"text":',
+    b"9" * 5000,
+]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(sorted(WHOLE)),
+    st.lists(st.tuples(st.integers(0, 120), st.integers(0, 3), st.sampled_from(DAMAGE)), min_size=1, max_size=3),
+)
+def test_damaged_files_are_read_or_refused(suffix, damages):
+    """Whatever a file holds: rows that can be written down as text, or one line that says what is wrong."""
+    content = bytearray(WHOLE[suffix].encode())
+    for start, length, piece in damages:
+        content[start : start + length] = piece
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / f"a{suffix}"
+        file.write_bytes(content)
+        try:
+            pool = load_pool(DataConfig(path=str(file)), Path(name) / "work", 0)
+        except (DataError, ConfigError) as error:
+            assert "\n" not in error.what and "\0" not in error.what
+            error.what.encode()
+        else:
+            assert len(list(pool)) == len(pool)
+            for id in pool.ids.tolist():
+                json.dumps(pool.fields(id), ensure_ascii=False).encode()
