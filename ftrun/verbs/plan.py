@@ -41,13 +41,20 @@ class Stage:
 
 def plan(composed: Composed) -> dict[str, Any]:
     """Print the estimate as tables and return it, as plan.json in ``out`` too. Only rows and tokenizer are loaded."""
-    settings = composed.settings
     with tempfile.TemporaryDirectory(prefix="ftrun-plan-") as scratch:
-        ctx = plain_context(settings, Path(scratch))
-        chain = Chain(ctx, composed, [], StopSignals())
-        train_pool = chain.rows.training()
-        chain.check_budget(train_pool)
-        prepared = chain.rows.tokenise(train_pool)
+        found = _estimated(composed, Path(scratch))
+    if out := composed.settings.out:
+        write_json(Path(out) / "plan.json", found)
+    return found
+
+
+def _estimated(composed: Composed, scratch: Path) -> dict[str, Any]:
+    settings = composed.settings
+    ctx = plain_context(settings, scratch)
+    chain = Chain(ctx, composed, [], StopSignals())
+    train_pool = chain.rows.training()
+    chain.check_budget(train_pool)
+    prepared = chain.rows.tokenise(train_pool)
     table = prepared.table
     lengths = np.asarray(table.lengths).reshape(len(table), -1).sum(axis=1)
     model = meta_model(settings.model, settings.task)
@@ -65,7 +72,7 @@ def plan(composed: Composed) -> dict[str, Any]:
     need = max((stage.memory for stage in stages), default=0.0)
     if short := estimate.shortage(need, available):
         ctx.report.warn(short)
-    found = {
+    return {
         "total_parameters": total,
         "trainable_parameters": trained.active,
         "rows": len(prepared.kept),
@@ -77,9 +84,6 @@ def plan(composed: Composed) -> dict[str, Any]:
             for stage in stages
         },
     }
-    if settings.out:
-        write_json(Path(settings.out) / "plan.json", found)
-    return found
 
 
 def _trained(settings: Settings, model: torch.nn.Module, architecture: Architecture, ctx: Any) -> Trained:
