@@ -279,6 +279,7 @@ def train_and_heldout(pool: Pool, data: DataConfig, folder: Path, seed: int) -> 
             )
     else:
         held = load_pool(replace(data, path=data.heldout_path, weights=None, limit=None), folder / "heldout", seed)
+        notes += [note for note in held.notes if note not in notes]
         if held.kind != pool.kind:
             raise DataError(
                 f"data.heldout_path holds {held.format} rows, data.path holds {pool.format}",
