@@ -65,7 +65,7 @@ def run_selection(
     """
     scorer: Scorer = settings.component("select")
     picker = picker_of(settings)
-    budget = budget_of(settings, len(pool))
+    budget = _budget(settings, scorer, picker, len(pool))
     folder = ctx.selection
     ctx.scoring = Scoring(
         load, ctx.team, ctx.report, settings.select.batch_tokens, folder / "shards", own_tokenizer=tokenizer
@@ -89,10 +89,13 @@ def run_selection(
     return selected
 
 
-def budget_of(settings: Settings, rows: int) -> Budget:
-    """The budget in rows or tokens; all rows where the picker does without. Raises ConfigError for a useless one."""
-    scorer: Scorer = settings.component("select")
-    picker = picker_of(settings)
+def check_budget(settings: Settings, rows: int) -> None:
+    """Refuse a budget that the selection cannot work with. Raises ConfigError."""
+    _budget(settings, settings.component("select"), picker_of(settings), rows)
+
+
+def _budget(settings: Settings, scorer: Scorer, picker: Picker, rows: int) -> Budget:
+    """The budget in rows or tokens; all rows where the picker does without."""
     name = settings.choice("select")
     if picker.needs_scores and not scorer.column:
         raise ConfigError(

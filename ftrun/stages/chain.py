@@ -13,7 +13,7 @@ from ftrun.data.pool import Pool
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.objectives.base import Objective
-from ftrun.select.run import budget_of
+from ftrun.select.run import check_budget
 from ftrun.select.scoring.shared import Shared
 from ftrun.stages import attach, train
 from ftrun.stages.evaluate import evaluate, heldout_loss
@@ -73,7 +73,7 @@ class Chain(RecordedRun):
     def check_budget(self, pool: Pool) -> None:
         """Refuse a budget that the selection cannot work with, before any model is loaded. Raises ConfigError."""
         if "select" in self.settings.stages and self.settings.selects:
-            budget_of(self.settings, len(pool))
+            check_budget(self.settings, len(pool))
 
     def select(self, pool: Pool) -> Pool:
         """The rows that the selection picks."""
