@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# what would break the line, or turn the text around it, in a terminal: a row's own words may stand in an error
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class FtrunError(Exception):
@@ -17,6 +21,7 @@ class FtrunError(Exception):
     secondary = False  # only the echo of another process's error
 
     def __init__(self, what: str, where: str = "", todo: str = ""):
+        what = CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), what)
         super().__init__(what)
         self.what, self.where, self.todo = what, where, todo
 

@@ -40,7 +40,7 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)  # rename columns: {instruction: question, output: answer}
     ignore: list[str] = field(default_factory=list)  # columns that mean nothing here: [tools, weight]
     weights: list[float] | None = None  # one a source of a mixture; rows are repeated or left out
-    split: str = "train"  # split of a hub data set
+    split: str = "train"  # split of a hub data set, or of a folder or file that has splits
     heldout: float = 0.05  # share of rows kept for evaluation, by content hash, at least one; 0: none
     heldout_path: str | None = None  # evaluate on these rows instead of a held-out share
     heldout_limit: int = 200  # at most this many held-out rows are evaluated

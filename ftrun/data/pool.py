@@ -13,6 +13,7 @@ import numpy as np
 
 from ftrun.config.settings import DataConfig
 from ftrun.data.formats import Layout, layout_of
+from ftrun.data.raw import Reading
 from ftrun.data.records import Kind, Record
 from ftrun.data.sources import read
 from ftrun.data.spool import Spool, Stores
@@ -33,6 +34,7 @@ class Pool:
     files: list[str]
     layouts: list[Layout]  # one a source
     names: list[str] = field(default_factory=list)  # that rows give as their source
+    splits: bool = False  # whether a source has splits, so that data.split chose
     notes: list[str] = field(default_factory=list)  # what a user should be told: counts used of each source
 
     def __len__(self) -> int:
@@ -120,9 +122,10 @@ def load_pool(data: DataConfig, folder: Path, seed: int) -> Pool:
     _check_settings(data, paths)
     stop = data.limit if len(paths) == 1 else None
     spool = Spool(folder)
-    notes: list[str] = []
+    reading = Reading(data.split, data.columns)
+    notes = reading.notes
     try:
-        layouts = [_read_source(path, number, data, spool, stop, notes) for number, path in enumerate(paths)]
+        layouts = [_read_source(path, number, data, spool, stop, reading) for number, path in enumerate(paths)]
     except BaseException:
         spool.abandon()
         raise
@@ -130,7 +133,7 @@ def load_pool(data: DataConfig, folder: Path, seed: int) -> Pool:
     _check_kinds(layouts, paths)
     ids = np.flatnonzero(index["length"] > 0)  # rows left out keep their numbers
     if not len(ids):
-        raise DataError("none of the rows can be used", f"data.path={data.path}", notes[0])
+        raise DataError("none of the rows can be used", f"data.path={data.path}", notes[-1])
     if len(paths) > 1:
         index = index[ids]
         sizes = np.bincount(index["source"], minlength=len(paths))
@@ -140,7 +143,7 @@ def load_pool(data: DataConfig, folder: Path, seed: int) -> Pool:
         notes += [
             _mixture_note(path, int(size), int(count)) for path, size, count in zip(paths, sizes, counts, strict=True)
         ]
-    return Pool(index, ids, stores, spool.files, layouts, spool.names, notes)
+    return Pool(index, ids, stores, spool.files, layouts, spool.names, reading.splits, notes)
 
 
 def _check_settings(data: DataConfig, paths: list[str]) -> None:
@@ -159,10 +162,10 @@ def _check_settings(data: DataConfig, paths: list[str]) -> None:
             raise ConfigError("data.weights must not be negative, and not all zero", f"data.weights={data.weights}")
 
 
-def _read_source(path: str, number: int, data: DataConfig, spool: Spool, stop: int | None, notes: list[str]) -> Layout:
+def _read_source(path: str, number: int, data: DataConfig, spool: Spool, stop: int | None, reading: Reading) -> Layout:
     layout: Layout | None = None
     unfit: list[str] = []
-    for row, raw in enumerate(read(path, data.split)):
+    for row, raw in enumerate(read(path, reading)):
         if row == stop:
             break
         where = f"{raw.file}:{raw.line}"
@@ -181,8 +184,21 @@ def _read_source(path: str, number: int, data: DataConfig, spool: Spool, stop: i
         raise DataError(f"{path} holds no rows", f"data.path={path}")
     if unfit:
         named = "; ".join(unfit[:NAMED]) + f"; and {len(unfit) - NAMED:,} more" * (len(unfit) > NAMED)
-        notes.append(f"{len(unfit):,} row{'s' * (len(unfit) != 1)} of {path} left out (data.unfit=drop): {named}")
+        reading.notes.append(
+            f"{len(unfit):,} row{'s' * (len(unfit) != 1)} of {path} left out (data.unfit=drop): {named}"
+        )
     return layout
+
+
+def refuse_idle_split(pool: Pool, data: DataConfig) -> None:
+    """Refuse a ``data.split`` that chose nothing, because no source of the pool has splits. Raises DataError."""
+    if pool.splits or data.split == "train":  # all rows of a source without splits are its training rows
+        return
+    raise DataError(
+        f"data.split={data.split} chooses nothing: {data.path if isinstance(data.path, str) else ', '.join(data.path)} has no splits",
+        f"data.split={data.split}",
+        "Leave data.split out, or name a folder with files of several splits, or a hub data set.",
+    )
 
 
 def _check_kinds(layouts: list[Layout], paths: list[str]) -> None:
@@ -263,6 +279,7 @@ def train_and_heldout(pool: Pool, data: DataConfig, folder: Path, seed: int) -> 
             )
     else:
         held = load_pool(replace(data, path=data.heldout_path, weights=None, limit=None), folder / "heldout", seed)
+        notes += [note for note in held.notes if note not in notes]
         if held.kind != pool.kind:
             raise DataError(
                 f"data.heldout_path holds {held.format} rows, data.path holds {pool.format}",

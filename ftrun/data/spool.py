@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ftrun.data.raw import Raw
 from ftrun.data.records import Message, Record
-from ftrun.data.sources import Raw
 from ftrun.errors import DataError
 from ftrun.runs.artifacts import disk_guard
 

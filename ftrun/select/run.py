@@ -89,6 +89,11 @@ def run_selection(
     return selected
 
 
+def check_budget(settings: Settings, rows: int) -> None:
+    """Refuse a budget that the selection cannot work with. Raises ConfigError."""
+    _budget(settings, settings.component("select"), picker_of(settings), rows)
+
+
 def _budget(settings: Settings, scorer: Scorer, picker: Picker, rows: int) -> Budget:
     """The budget in rows or tokens; all rows where the picker does without."""
     name = settings.choice("select")

@@ -13,6 +13,7 @@ from ftrun.data.pool import Pool
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.objectives.base import Objective
+from ftrun.select.run import check_budget
 from ftrun.select.scoring.shared import Shared
 from ftrun.stages import attach, train
 from ftrun.stages.evaluate import evaluate, heldout_loss
@@ -48,10 +49,7 @@ class Chain(RecordedRun):
 
     def stages(self) -> None:
         stages = self.settings.stages
-        pool = self.rows.read()
-        self.rows.check_kind(pool)
-        train_pool = self.rows.split(pool) if stages != ["select"] else pool
-        self.ctx.facts["data"] = pool.fingerprint
+        train_pool = self.rows.training()
         untouched = self.settings.choice("tokens") == "none"
         if "select" in stages and self.settings.selects:
             train_pool = self.select(train_pool)
@@ -63,7 +61,7 @@ class Chain(RecordedRun):
         if stages == ["select"] and untouched:
             return
         train_pool = self.rows.edit(train_pool, self.load_model)
-        table = self.rows.tokenise(train_pool)
+        table = self.rows.tokenise(train_pool).table
         self.load_model()
         table = self.rows.weigh(table, train_pool)
         self.ctx.train_tokens = table
@@ -71,6 +69,11 @@ class Chain(RecordedRun):
             self._train(table)
         elif "eval" in stages:
             self.evaluate("final")
+
+    def check_budget(self, pool: Pool) -> None:
+        """Refuse a budget that the selection cannot work with, before any model is loaded. Raises ConfigError."""
+        if "select" in self.settings.stages and self.settings.selects:
+            check_budget(self.settings, len(pool))
 
     def select(self, pool: Pool) -> Pool:
         """The rows that the selection picks."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from ftrun.config.keys import names
 from ftrun.config.settings import DataConfig, Settings
-from ftrun.data.pool import Pool, limit_heldout, load_pool, split_heldout
+from ftrun.data.pool import Pool, limit_heldout, load_pool, refuse_idle_split, split_heldout
 from ftrun.errors import ConfigError
 from ftrun.training.context import Context
 
@@ -44,6 +44,8 @@ def evaluated_rows(settings: Settings, own: Settings | None, keys: Collection[st
         rows = load_pool(data, work, seed)
     else:
         rows = _held_out(settings, own, keys, work)
+    if "data.split" in keys:
+        refuse_idle_split(rows, replace(data, path=data.heldout_path or data.path))
     for note in rows.notes:
         ctx.report.note(note)
     named_whole = names(keys, *SOURCE) and "data.heldout_limit" not in keys

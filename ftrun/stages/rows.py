@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ftrun.data.pool import Pool, load_pool, train_and_heldout
+from ftrun.data.pool import Pool, load_pool, refuse_idle_split, train_and_heldout
 from ftrun.data.prepare import Prepared, prepare
 from ftrun.data.render import apply_template
 from ftrun.data.roles import with_roles
@@ -48,9 +48,17 @@ class Rows:
         with self.report.task("reading", None, unit="rows") as bar:
             pool = load_pool(self.settings.data, self.work, self.settings.seed)
             bar.advance(len(pool))
+        refuse_idle_split(pool, self.settings.data)
         for note in pool.notes:
             self.report.note(note)
         return pool
+
+    def training(self) -> Pool:
+        """The rows to train on: read, checked, and the held-out rows put aside. Raises DataError, ConfigError."""
+        pool = self.read()
+        self.check_kind(pool)
+        self.ctx.facts["data"] = pool.fingerprint
+        return pool if self.settings.stages == ["select"] else self.split(pool)
 
     def check_kind(self, pool: Pool) -> None:
         """Refuse rows that neither the objective nor the token policy takes. Raises DataError."""
@@ -58,10 +66,16 @@ class Rows:
         evaluated = wanted == ("sft",) and pool.kind == "prompts" and self.settings.stages == ["eval"]
         if pool.kind in wanted or evaluated:
             return
+        todo = f"Use {ADVICE[pool.kind]}, or name the layout with data.format and data.columns."
+        if pool.kind == "binary":
+            todo = (
+                "No objective reads rows with a good or bad label: write pairs of chosen and rejected for recipe=dpo, "
+                "or keep the good rows without their label."
+            )
         raise DataError(
             f"{self._eater()} on {' or '.join(wanted)} rows; these are {pool.kind} rows (format {pool.format})",
             f"data.path={self.settings.data.path}",
-            f"Use {ADVICE.get(pool.kind, 'another objective')}, or name the layout with data.format and data.columns.",
+            todo,
         )
 
     def _eater(self) -> str:
@@ -94,15 +108,15 @@ class Rows:
             self.ctx.heldout = edit_rows(self.tokens, self.ctx.heldout, self.ctx, "edited_heldout")
         return edit_rows(self.tokens, pool, self.ctx)
 
-    def tokenise(self, pool: Pool) -> TokenTable:
-        """The rows to train on as tokens, and those held out."""
+    def tokenise(self, pool: Pool) -> Prepared:
+        """The rows to train on as tokens; those held out too, for ``ctx``."""
         prepared = self.prepare(pool, "training rows")
         self.labels = prepared.labels
         if self.labels and self.ctx.team.is_main:
             write_json(self.ctx.out / LABELS, self.labels)
         self.tokenise_heldout()
         self.ctx.facts["tokens"] = prepared.table.fingerprint()
-        return prepared.table
+        return prepared
 
     def tokenise_heldout(self) -> None:
         if self.ctx.heldout is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from ftrun.config.compose import Composed
 from ftrun.config.settings import Settings
 from ftrun.config.values import parse_budget
 from ftrun.data.batches import Plan, token_budget
-from ftrun.data.pool import load_pool
 from ftrun.models.architecture import Architecture, describe
 from ftrun.models.bundle import Bundle
 from ftrun.models.load import load_tokenizer, meta_model, resolve_dtype
@@ -41,11 +41,20 @@ class Stage:
 
 def plan(composed: Composed) -> dict[str, Any]:
     """Print the estimate as tables and return it, as plan.json in ``out`` too. Only rows and tokenizer are loaded."""
+    with tempfile.TemporaryDirectory(prefix="ftrun-plan-") as scratch:
+        found = _estimated(composed, Path(scratch))
+    if out := composed.settings.out:
+        write_json(Path(out) / "plan.json", found)
+    return found
+
+
+def _estimated(composed: Composed, scratch: Path) -> dict[str, Any]:
     settings = composed.settings
-    ctx = plain_context(settings, Path("."))
+    ctx = plain_context(settings, scratch)
     chain = Chain(ctx, composed, [], StopSignals())
-    pool = load_pool(settings.data, chain.rows.work, settings.seed)
-    prepared = chain.rows.prepare(pool, "rows")
+    train_pool = chain.rows.training()
+    chain.check_budget(train_pool)
+    prepared = chain.rows.tokenise(train_pool)
     table = prepared.table
     lengths = np.asarray(table.lengths).reshape(len(table), -1).sum(axis=1)
     model = meta_model(settings.model, settings.task)
@@ -63,7 +72,7 @@ def plan(composed: Composed) -> dict[str, Any]:
     need = max((stage.memory for stage in stages), default=0.0)
     if short := estimate.shortage(need, available):
         ctx.report.warn(short)
-    found = {
+    return {
         "total_parameters": total,
         "trainable_parameters": trained.active,
         "rows": len(prepared.kept),
@@ -75,9 +84,6 @@ def plan(composed: Composed) -> dict[str, Any]:
             for stage in stages
         },
     }
-    if settings.out:
-        write_json(Path(settings.out) / "plan.json", found)
-    return found
 
 
 def _trained(settings: Settings, model: torch.nn.Module, architecture: Architecture, ctx: Any) -> Trained:

@@ -12,7 +12,7 @@ import torch
 from ftrun.config.compose import Composed
 from ftrun.config.settings import Settings
 from ftrun.data.batches import best_fit_decreasing, token_budget
-from ftrun.data.pool import Pool, load_pool
+from ftrun.data.pool import Pool
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError
 from ftrun.models.load import load_tokenizer
@@ -35,9 +35,11 @@ def preview(composed: Composed, html: bool) -> dict[str, Any]:
         raise ConfigError("out is the folder of the page, and none was asked for", f"out={settings.out}", "Add --html.")
     with tempfile.TemporaryDirectory(prefix="ftrun-preview-") as scratch:
         chain = Chain(plain_context(settings, Path(scratch)), composed, [], StopSignals())
-        pool = load_pool(settings.data, chain.rows.work, settings.seed)
-        prepared = chain.rows.prepare(chain.rows.edit(pool, chain.load_model), "rows")
-        table, weights = _weighed(chain, pool, prepared.table)
+        train_pool = chain.rows.training()
+        chain.check_budget(train_pool)
+        train_pool = chain.rows.edit(train_pool, chain.load_model)
+        prepared = chain.rows.tokenise(train_pool)
+        table, weights = _weighed(chain, train_pool, prepared.table)
         notes = ["weights are those of the first step, under the model before training"] if weights else []
         if chain.tokens.arranges:
             notes.append("the method changes the inputs of these rows in every step: they are shown as they are before")
@@ -66,7 +68,6 @@ def _weighed(chain: Chain, pool: Pool, table: TokenTable) -> tuple[TokenTable, d
     tokens, ctx = chain.tokens, chain.ctx
     if not (tokens.static or tokens.remembers or tokens.dynamic or chain.settings.tokens.from_run):
         return table, {}
-    ctx.facts["data"] = pool.fingerprint
     chain.load_model()
     table = chain.rows.weigh(table, pool)
     ctx.train_tokens = table

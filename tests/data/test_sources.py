@@ -6,13 +6,18 @@ import csv
 import gzip
 import json
 import socket
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ftrun.config.settings import DataConfig
 from ftrun.data import hub, sources
 from ftrun.data.builtin import names
-from ftrun.data.pool import load_pool, train_and_heldout
+from ftrun.data.pool import load_pool, refuse_idle_split, train_and_heldout
+from ftrun.data.raw import Reading
 from ftrun.data.verify import verifier
 from ftrun.errors import ConfigError, DataError
 
@@ -134,9 +139,9 @@ def test_origin_is_file_and_line(tmp_path):
     ]  # the first row's answer has two lines
 
 
-def refused(path, *words):
+def refused(path, *words, reading=None):
     with pytest.raises(DataError) as caught:
-        list(sources.read(str(path)))
+        list(sources.read(str(path), reading))
     message = str(caught.value)
     assert "\n" not in caught.value.what
     for word in words:
@@ -172,6 +177,19 @@ def test_header_without_rows(tmp_path):
         ("a.jsonl", b"[" * 100_000 + b"\n", 1),
         ("a.csv", b"text,label\na,b\na,b,c\n", 3),
         ("a.csv", b"text,label\n\xffa,b\n", 2),
+        ("a.csv", b"text,label\na,b\na,\0\n", 3),
+        ("a.csv", b'text,label\na,b\na,"b\nc,d\n', 3),
+        ("a.csv", b'text,label\n"a"b,c\n', 2),
+        ("a.csv", b"text;label,other\na;b,c\n", 1),
+        ("a.tsv", b"text\tlabel\na\n", 2),
+        ("a.csv", "text,label\n".encode("utf-16"), 1),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\0"}\n', 2),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a", "text": "b"}\n', 2),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a", "meta": {"k": 1, "k": 2}}\n', 2),
+        ("a.json", b'[\n{"text": "a"},\n{"text": "a", "meta": [{"k": 1, "k": 2}]}\n]', 3),
+        ("a.jsonl", b'{"text": "\\ud83d\\ude00"}\n{"text": "a", "meta": "\\ud83d"}\n', 2),
+        ("a.json", b'[{"text": "a"}, {"text": "\\udc00"}]', 2),
+        ("a.jsonl", b'[{"text": "a"},\n7]', 2),
     ],
 )
 def test_broken_files_name_the_line(tmp_path, name, content, line):
@@ -195,12 +213,226 @@ def test_other_broken_files(tmp_path):
     refused(tmp_path / "*.nothing", "matches")
 
 
-def test_bytes_in_parquet_are_refused(tmp_path):
+def test_columns_that_are_not_text_are_left_out_by_name(tmp_path):
+    """Bytes and images do not matter where no layout reads them, and other kinds become text."""
+    import datetime
+
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "image": [b"\0"]}), tmp_path / "a.parquet")
-    refused(tmp_path / "a.parquet", "bytes")
+    table = pyarrow.table(
+        {
+            "text": ["a", "b"],
+            "image": pyarrow.array([{"bytes": b"\0", "path": "x"}] * 2),
+            "blobs": pyarrow.array([[b"\0"], None]),
+            "when": [datetime.timedelta(seconds=1), None],
+            "pairs": pyarrow.array([[("k", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+            "word": pyarrow.array(["x", "y"]).dictionary_encode(),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    reading = Reading()
+    first, second = sources.read(str(tmp_path / "a.parquet"), reading)
+    assert first.fields == {"text": "a", "when": "0:00:01", "pairs": [["k", 1]], "word": "x"}
+    assert second.fields["when"] is None and "columns image, blobs hold bytes" in reading.notes[0]
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"a"], "n": [1]}), tmp_path / "b.parquet")
+    refused(tmp_path / "b.parquet", "column text", "bytes")
+    pyarrow.parquet.write_table(pyarrow.table({"body": [b"a"], "n": [1]}), tmp_path / "c.parquet")
+    refused(tmp_path / "c.parquet", "column body", reading=Reading(columns={"text": "body"}))
+
+
+TABLES = [
+    ("a.csv", "\ufeffinstruction;output\n2+2;4\n3, 2;5\n"),
+    ("a.csv", "instruction\toutput\n2+2\t4\n3, 2\t5\n"),
+    ("a.tsv", "instruction\toutput\r\n2+2\t4\r\n\r\n3, 2\t5"),
+    ("a.csv", 'instruction, output\n2+2, 4\n"3, 2", 5\n'),
+    ("a.csv", '"instruction";"output"\n"2+2";4\n3, 2;"5"\n'),
+    ("a.csv", "sep=;\ninstruction;output\n2+2;4\n3, 2;5\n"),
+    ("a.jsonl", '[{"instruction": "2+2", "output": "4"},\n {"instruction": "3, 2", "output": "5"}]'),
+    ("a.jsonl", '\ufeff[\n{"instruction": "2+2", "output": "4"}, {"instruction": "3, 2", "output": "5"}\n]\n'),
+    (
+        "a.json",
+        '{"train": [{"instruction": "2+2", "output": "4"}, {"instruction": "3, 2", "output": "5"}], "test": [{}]}',
+    ),
+    ("a.json", '{"instruction": "2+2", "output": "4"}\n{"instruction": "3, 2", "output": "5"}\n'),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("name", "content"), TABLES)
+def test_usual_ways_to_write_a_table(name, content, packed, tmp_path):
+    file = tmp_path / (name + ".gz" * packed)
+    file.write_bytes(gzip.compress(content.encode()) if packed else content.encode())
+    found = [raw.fields for raw in sources.read(str(file))]
+    assert found == [{"instruction": "2+2", "output": "4"}, {"instruction": "3, 2", "output": "5"}]
+
+
+def test_lists_in_cells(tmp_path):
+    """What a data frame writes for a list, as JSON or as Python, in columns that hold one; other cells stay text."""
+    turns = [{"role": "user", "content": 'Hi, "you"'}, {"role": "assistant", "content": "[1]"}]
+    cells = [json.dumps(turns), repr(turns), "[not a list", ""]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["chat", "prompt", "tools", "note"], *([cell, cell, cell, cell] for cell in cells)])
+    reading = Reading(columns={"messages": "chat"})
+    rows = [raw.fields for raw in sources.read(str(tmp_path / "a.csv"), reading)]
+    for column in ("chat", "prompt", "tools"):
+        assert [row[column] for row in rows] == [turns, turns, *cells[2:]]
+    assert [row["note"] for row in rows] == cells
+    (tmp_path / "b.csv").write_text('prompt,completion\n"[1, 2]","[3]"\n')
+    assert next(sources.read(str(tmp_path / "b.csv"))).fields == {"prompt": "[1, 2]", "completion": "[3]"}
+
+
+# ---- splits ----
+
+
+def part(folder, name, *words):
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": list(words)}), file)
+    else:
+        file.write_text(jsonl({"text": word} for word in words))
+
+
+CONFIGS = """---
+license: mit
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: "data/a-*.jsonl"}
+  - {split: test, path: [data/b.jsonl]}
+---
+# Rows
+"""
+LAYOUTS = {
+    "names": ["train.jsonl", "test.jsonl"],
+    "words": ["my_rows-train.jsonl", "my_rows-test.v2.jsonl"],
+    "shards": ["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"],
+    "data": ["data/train-0.jsonl", "data/test-0.jsonl"],
+    "folders": ["train/rows.jsonl", "test/rows.jsonl"],
+    "readme": ["data/a-train.jsonl", "data/b.jsonl"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_with_splits(layout, tmp_path):
+    for name, words in zip(LAYOUTS[layout], (["a", "b"], ["c"]), strict=True):
+        part(tmp_path, name, *words)
+    (tmp_path / "README.md").write_text(CONFIGS if layout == "readme" else "---\nlicense: mit\n---\n")
+    (tmp_path / "dataset_infos.json").write_text('{"description": "x"}')
+    (tmp_path / ".gitattributes").write_text("*.parquet filter=lfs")
+    part(tmp_path, ".cache/train.jsonl", "hidden")
+    assert texts(tmp_path) == ["a", "b"]
+    reading = Reading("test")
+    assert texts(tmp_path, reading) == ["c"]
+    assert reading.splits and "the split test is read" in reading.notes[0]
+    error = refused(tmp_path, 'no split "validation"', "train", "test", reading=Reading("validation"))
+    assert error.where == "data.split=validation"
+
+
+def texts(path, reading=None):
+    return [raw.fields["text"] for raw in sources.read(str(path), reading)]
+
+
+def test_names_of_a_split(tmp_path):
+    part(tmp_path, "train.jsonl", "a")
+    part(tmp_path, "dev.jsonl", "b")
+    for asked in ("dev", "validation", "val"):
+        assert texts(tmp_path, Reading(asked)) == ["b"]
+    part(tmp_path, "validation.jsonl", "c")
+    assert (texts(tmp_path, Reading("dev")), texts(tmp_path, Reading("validation"))) == (["b"], ["c"])
+    refused(tmp_path, "more than one", reading=Reading("val"))
+    part(tmp_path, "more.jsonl", "d")
+    refused(tmp_path, "and files of none", "more.jsonl")
+    assert texts(tmp_path / "*.jsonl") == ["b", "d", "a", "c"]  # named one by one
+
+
+def test_shards_of_one_data_set_are_no_splits(tmp_path):
+    part(tmp_path, "part-00000-of-00002.jsonl", "a")
+    part(tmp_path, "part-00001-of-00002.jsonl", "b")
+    reading = Reading("test")
+    assert texts(tmp_path, reading) == ["a", "b"] and not reading.splits
+    part(tmp_path, "other-00000-of-00001.jsonl", "c")
+    refused(tmp_path, 'no split "train"', "other", "part")
+    assert texts(tmp_path, Reading("other")) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("configs", "words"),
+    [
+        ("- {config_name: a, data_files: train.jsonl}\n- {config_name: b, data_files: train.jsonl}", ["a, b"]),
+        ("- {config_name: a, data_files: ../train.jsonl}", ["outside"]),
+        ("- {config_name: a, data_files: nothing.jsonl}", ["no data file", "nothing.jsonl"]),
+        ("- {config_name: a, data_files: [{path: 1}]}", ["data_files"]),
+        ("- {config_name: [", ["cannot be read"]),
+    ],
+)
+def test_readmes_that_cannot_be_followed(configs, words, tmp_path):
+    part(tmp_path, "train.jsonl", "a")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}\n---\n")
+    refused(tmp_path, "README.md", *words)
+
+
+def test_the_default_config_of_several(tmp_path):
+    part(tmp_path, "a.jsonl", "a")
+    part(tmp_path, "b.jsonl", "b")
+    configs = "- {config_name: a, data_files: a.jsonl}\n- {config_name: b, default: true, data_files: {train: b.jsonl}}"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}\n---\n")
+    assert texts(tmp_path) == ["b"]
+
+
+def test_arrow_splits(tmp_path):
+    import datasets
+
+    one, two = (datasets.Dataset.from_list([{"text": word, "image": word.encode()}]) for word in "ab")
+    datasets.DatasetDict({"train": one, "test": two}).save_to_disk(tmp_path / "both")
+    one.save_to_disk(tmp_path / "each" / "train")
+    two.save_to_disk(tmp_path / "each" / "test")
+    for folder in ("both", "each"):
+        assert texts(tmp_path / folder) == ["a"]
+        assert texts(tmp_path / folder, Reading("test")) == ["b"]
+        refused(tmp_path / folder, 'no split "dev"', "train", "test", reading=Reading("dev"))
+    (tmp_path / "each" / "train" / "data-00000-of-00001.arrow").write_bytes(b"no")
+    refused(tmp_path / "each", "train")
+
+
+def test_a_split_that_chooses_nothing_is_refused(tmp_path):
+    part(tmp_path, "rows/a.jsonl", "a")
+    part(tmp_path, "splits/test.jsonl", "b")
+
+    def check(split, *paths):
+        data = DataConfig(path=[str(tmp_path / path) for path in paths], split=split)
+        pool = load_pool(data, tmp_path / "work", 0)
+        refuse_idle_split(pool, data)
+        return sorted(record.text for record in pool)
+
+    assert check("train", "rows") == check("train", "rows/a.jsonl") == ["a"]
+    assert check("test", "splits", "rows") == ["a", "b"]  # it acts on one of them
+    for path in ("rows", "rows/a.jsonl", "rows/*"):
+        with pytest.raises(DataError, match=r"data\.split=test chooses nothing"):
+            check("test", path)
+
+
+def test_json_with_splits(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"train": [{"text": "a"}], "validation": [{"text": "b"}]}))
+    assert texts(tmp_path / "a.json", Reading("dev")) == ["b"]
+    refused(tmp_path / "a.json", 'no split "test"', "validation", reading=Reading("test"))
+
+
+@pytest.mark.parametrize("path", ["", "a\0b.jsonl", "x" * 300 + ".jsonl", "~nobody-of-that-name/a.jsonl", "***/a["])
+def test_paths_that_no_file_has(path):
+    refused(path)
+
+
+def test_paths_in_a_home_with_other_letters(tmp_path, monkeypatch):
+    home = tmp_path / "jos\u00e9 \u6570\u636e"
+    part(home, "r\u00e9sum\u00e9s/train.jsonl", "a")
+    monkeypatch.setenv("HOME", str(home))
+    for path in ("~/r\u00e9sum\u00e9s/train.jsonl", "~/r\u00e9sum\u00e9s", "~/*/train.jsonl", "~/r\u00e9sum\u00e9s/*"):
+        assert texts(path) == ["a"]
 
 
 def test_hub_id_without_a_network_fails_at_once(monkeypatch):
@@ -329,3 +561,51 @@ def test_demo_chat_rows_are_whole_and_different():
 def test_only_checked_sources_have_a_verifier():
     with pytest.raises(ConfigError, match="cannot check"):
         verifier("demo_chat")
+
+
+# ---- damaged files ----
+
+WHOLE = {
+    ".jsonl": jsonl([{"prompt": "q \U0001f642", "completion": "a"}, {"prompt": "q", "completion": [1], "n": None}]),
+    ".json": json.dumps({"data": [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant"}]}]}),
+    ".csv": 'prompt;completion;tools\nq;"a ""b""\nc";"[{""name"": 1}]"\n',
+    ".tsv": "text\tlabel\nt\t1\n",
+}
+DAMAGE = [b"", b"\0", b"\xff", b'"', b"{", b"}", b"[", b"]", b",", b"\n", b"\r", b"\\", b"\\ud83d", b"\xef\xbb\xbf"]
+DAMAGE += [
+    b"\xe2\x80\xae",
+    b"\t",
+    b";",
+    b"'",
+    b"NaN",
+    b"-1e999",
+    b"null",
+    b"[" * 3000,
+    b'{"a":' * 900,
+    b'"text":',
+    b"9" * 5000,
+]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(sorted(WHOLE)),
+    st.lists(st.tuples(st.integers(0, 120), st.integers(0, 3), st.sampled_from(DAMAGE)), min_size=1, max_size=3),
+)
+def test_damaged_files_are_read_or_refused(suffix, damages):
+    """Whatever a file holds: rows that can be written down as text, or one line that says what is wrong."""
+    content = bytearray(WHOLE[suffix].encode())
+    for start, length, piece in damages:
+        content[start : start + length] = piece
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / f"a{suffix}"
+        file.write_bytes(content)
+        try:
+            pool = load_pool(DataConfig(path=str(file)), Path(name) / "work", 0)
+        except (DataError, ConfigError) as error:
+            assert "\n" not in error.what and "\0" not in error.what
+            error.what.encode()
+        else:
+            assert len(list(pool)) == len(pool)
+            for id in pool.ids.tolist():
+                json.dumps(pool.fields(id), ensure_ascii=False).encode()
