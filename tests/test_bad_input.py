@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_processes
 
 from ftrun import cli
 
@@ -300,13 +301,13 @@ sys.exit(cli.entry(sys.argv[1:]))
 """
 
 
-def start(patch: str, *words: str) -> subprocess.Popen:
+def start(patch: str, *words: str) -> warm_processes.Popen:
     """The command line in a process of its own, with a few lines of Python in front."""
     command = [sys.executable, "-c", PROGRAM.replace("{patch}", patch), "train", *words]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return warm_processes.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str]:
+def ended(process: warm_processes.Popen) -> tuple[int, str]:
     printed = process.communicate(timeout=120)[1]
     return process.returncode, message(printed)
 
@@ -337,7 +338,7 @@ SLOW_READING = "import ftrun.stages.rows as rows, time\nplain = rows.load_pool\n
 SLOW_SCORING = "from ftrun.training.scoring import Scoring\nimport time\nplain = Scoring._compute\ndef slow(self, *rest):\n    done = plain(self, *rest)\n    if self.computed > 8:\n        print('in a step', file=sys.stderr, flush=True); time.sleep(60)\n    return done\nScoring._compute = slow"
 
 
-def wait_for(process: subprocess.Popen, text: str) -> None:
+def wait_for(process: warm_processes.Popen, text: str) -> None:
     assert process.stderr is not None
     for printed in process.stderr:
         if text in printed:
@@ -553,9 +554,8 @@ def test_two_processes_say_it_once(line, tmp_path):
     """Both processes meet the broken line; one message, code 3, and a record."""
     file = write(tmp_path / "bad.jsonl", GOOD, "{broken")
     words = [f"data.path={file}" if word.startswith("data.path=") else word for word in line]
-    done = subprocess.run(
-        [sys.executable, "-m", "ftrun", "train", *words, "launch.processes=2"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "ftrun", "train", *words, "launch.processes=2"]
+    done = warm_processes.run(command, capture_output=True, text=True)
     assert done.returncode == 3 and "line 2 of" in message(done.stderr)
     assert summary(tmp_path / "run")["status"] == "failed"
 
@@ -563,10 +563,8 @@ def test_two_processes_say_it_once(line, tmp_path):
 @pytest.mark.slow
 def test_workers_do_not_outlive_their_launcher(line, tmp_path):
     """SIGKILL to the launcher: the workers finish their step, save, and leave."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ftrun", "train", *line, "launch.processes=2", "train.max_steps=100000"],
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "ftrun", "train", *line, "launch.processes=2", "train.max_steps=100000"]
+    process = warm_processes.Popen(command, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "run/train/metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
         assert process.poll() is None
