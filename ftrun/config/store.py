@@ -47,13 +47,13 @@ def populate(chosen: Recipe | Sequence[Recipe] = (), combined: Sequence[tuple[st
     _store_recipe_names(("null", *recipes.catalogue()))
     for recipe in wanted:
         _store_recipe(store, recipe, together)
-    store.store(name=ROOT, node=_root_node())
 
 
 @functools.lru_cache(maxsize=1)
 def _store_components(known: tuple[int, ...]) -> None:
-    """Every component and group: once, as long as the registry holds the same (``known``)."""
+    """The root, every component and every group: once, as long as the registry holds the same (``known``)."""
     store = ConfigStore.instance()
+    store.store(name=ROOT, node=_root_node())
     for slot in registry.SLOTS:
         for spec in registry.specs(slot).values():
             package = f"eval.{spec.name}" if slot == "eval" else _package(slot)
