@@ -321,6 +321,7 @@ def resumed(line: list[str], out: Path, *more: str) -> list[str]:
     return ["train", *(word for word in line if not word.startswith("out=")), *more, f"resume={out}"]
 
 
+@pytest.mark.slow
 def test_a_file_that_the_system_will_not_let_grow(line, tmp_path):
     """A limit on file sizes stands for a full disk: the adapter's file is larger than all that is written before."""
     limit = "from ftrun.training import loop\nplain = loop.Trainer.run\ndef run(self, *rest):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n    return plain(self, *rest)\nloop.Trainer.run = run"
@@ -361,6 +362,7 @@ def test_second_ctrl_c_does_not_wait(line, tmp_path):
     assert not list((tmp_path / "run").glob("train/checkpoints/step-*")) and not strays(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_first_ctrl_c_finishes_the_step_and_the_run_goes_on_later(line, tmp_path):
     process = start(SLOW_STEPS.replace("{seconds}", "0.5"), *line)
     wait_for(process, "in a step")
@@ -479,6 +481,7 @@ def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(ftrun_train, tmp_pa
     assert "the report cannot be written" in (tmp_path / "run/ftrun.log").read_text()
 
 
+@pytest.mark.slow
 def test_unforeseen_failure_in_a_sweep(line, tmp_path, monkeypatch, capsys):
     """The other jobs go on, and Hydra's traceback stays away."""
     from ftrun.stages import rows

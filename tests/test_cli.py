@@ -15,6 +15,7 @@ from ftrun.cli import normal_override, parse
 LIGHT = [["--help"], ["recipes"], ["show", "recipe=lisa"], ["train", "recipe=lora_sft", "adapter.rr=4"], ["trian"]]
 
 
+@pytest.mark.slow
 def test_light_commands_leave_torch_alone():
     """Help, listings and mistakes must not wait for torch: one fresh interpreter, which has imported nothing before."""
     program = f"""
@@ -93,6 +94,7 @@ def test_mistakes_get_one_clear_message(words, code, expected, tmp_path, capsys,
 QUICK = ["data.heldout=0.2", "data.max_length=128", "train.max_steps=2", "train.batch_size=4"]
 
 
+@pytest.mark.slow
 def test_sweep_runs_every_job(tiny_dir, rows_file, tmp_path, monkeypatch, capsys):
     """-m crosses the values, swaps slots inside the sweep, and every job has a run folder of its own."""
     monkeypatch.chdir(tmp_path)

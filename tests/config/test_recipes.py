@@ -47,6 +47,7 @@ def test_a_shipped_recipe_composes_as_written(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.slow
 def test_the_commands_of_a_shipped_recipe_compose(name: str) -> None:
     """All but those that only say where model and rows are: the recipe alone composes in the test before this one."""
     for command in recipes.find(name).usage:

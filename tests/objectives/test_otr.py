@@ -336,6 +336,7 @@ def test_a_run_of_the_special_case_is_a_run_of_dft(tiny_dir, rows_file, tmp_path
     np.testing.assert_allclose(losses(tmp_path / "otr"), losses(tmp_path / "dft"), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_the_cut(tiny_dir, rows_file, tmp_path):
     more = ("objective=otr", "tokens=talr", "adapter=lora")
     ftrun.run("train", overrides=words(tiny_dir, rows_file, tmp_path / "whole", *more, "train.packing=false"))

@@ -86,6 +86,7 @@ def test_resume_equals_uninterrupted_to_the_bit(variant, tiny_dir, text_file, tm
     assert column(tmp_path / "whole", "loss") == column(tmp_path / "cut", "loss")
 
 
+@pytest.mark.slow
 def test_the_cut_does_not_matter_for_a_second_mean(tiny_dir, text_file, tmp_path):
     train(*words("full", tiny_dir, text_file, tmp_path / "whole", "train.packing=false"))
     for cut in ("train.batch_tokens=1", "train.batch_tokens=100", "train.packing=true"):
@@ -95,6 +96,7 @@ def test_the_cut_does_not_matter_for_a_second_mean(tiny_dir, text_file, tmp_path
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6, err_msg=f"{cut} {name}")
 
 
+@pytest.mark.slow
 def test_two_processes_same_losses(tiny_dir, text_file, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
         overrides = words("full", tiny_dir, text_file, tmp_path / name, f"launch.processes={processes}")

@@ -69,6 +69,7 @@ def test_same_command_twice_same_weights(tiny_dir, rows_file, tmp_path):
 CUTS = ("train.batch_tokens=1", "train.batch_tokens=100", "train.packing=true")
 
 
+@pytest.mark.slow
 def test_cut_into_micro_batches_does_not_matter(tiny_dir, rows_file, tmp_path):
     """One row a micro-batch, padded groups or packed rows: the same losses to 1e-5."""
     train(*words("full", tiny_dir, rows_file, tmp_path / "whole"))
@@ -85,6 +86,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 @pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.slow
 def test_resume_equals_uninterrupted_to_the_bit(variant, packing, tiny_dir, rows_file, tmp_path, monkeypatch):
     """Killed in the middle of a step after an odd number of steps, resumed from the checkpoint before."""
     from ftrun.training import loop
@@ -157,6 +159,7 @@ def kill_tree(process: Popen) -> None:
     "number,code,status",
     [(signal.SIGTERM, 143, "preempted"), (signal.SIGUSR1, 143, "preempted"), (signal.SIGINT, 130, "interrupted")],
 )
+@pytest.mark.slow
 def test_signals_save_and_exit(number, code, status, tiny_dir, rows_file, tmp_path):
     out = tmp_path / "run"
     endless = words("lora", tiny_dir, rows_file, out, "train.max_steps=100000")

@@ -161,6 +161,7 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "train/metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_the_cut(tiny_dir, rows_file, tmp_path):
     ftrun.run("train", overrides=words(tiny_dir, rows_file, tmp_path / "whole", "train.packing=false"))
     for cut in ("train.batch_tokens=1", "train.packing=true"):

@@ -393,6 +393,7 @@ def test_without_tags_a_run_is_sft(tiny_dir, rows_file, tmp_path):
     assert losses(tiny_dir, rows_file, tmp_path / "multiverse", "tokens=multiverse") == plain
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_the_cut(tiny_dir, traces, tmp_path):
     more = ("tokens=multiverse", "adapter=lora")
     whole = losses(tiny_dir, traces, tmp_path / "whole", *more, "train.packing=false")

@@ -313,6 +313,7 @@ def test_without_register_loss_a_run_is_sft(tiny_dir, rows_file, tmp_path):
     assert tokens[0] == tokens[1]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_the_cut(tiny_dir, rows_file, tmp_path):
     ftrun.run("train", overrides=words(tiny_dir, rows_file, tmp_path / "whole", "tokens=mutor"))
     for cut in ("train.batch_tokens=1", "train.packing=true", "train.batch_tokens=200"):

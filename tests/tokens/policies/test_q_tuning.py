@@ -360,6 +360,7 @@ def test_a_run_that_keeps_everything_is_sft(tiny_dir, rows_file, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "q"), losses(tmp_path / "sft"), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_the_cut(tiny_dir, rows_file, tmp_path):
     whole = ("tokens=q_tuning", "train.packing=false")
     ftrun.run("train", overrides=words(tiny_dir, rows_file, tmp_path / "whole", *whole))

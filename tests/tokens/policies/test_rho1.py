@@ -195,6 +195,7 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "train/metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_the_cut_and_k_1_is_sft(tiny_dir, reference_dir, rows_file, tmp_path):
     rho = ("tokens=rho1", f"tokens.reference={reference_dir}")
     ftrun.run("train", overrides=words(tiny_dir, rows_file, tmp_path / "a", *rho, "train.packing=false"))
