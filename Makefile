@@ -1,8 +1,8 @@
-# make setup | demo | test | lint | docs
+# make setup | demo | test | test-fast | lint | docs
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint docs
+.PHONY: setup demo test test-fast lint docs
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -34,9 +34,16 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup
 	$(DEMO)
 
-# two processes with one thread each beat one process with two on small models
+# two processes with one thread each beat one process with two on small models; a process that is done takes work from
+# the other
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: setup
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# while working: without the real model, the recipe matrix, kills and several processes
+test-fast: setup
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -130,13 +130,18 @@ def specs(slot: str) -> dict[str, Spec]:
         for spec in _specs_in(path):
             if spec.slot == slot:
                 found[spec.name] = spec
-    for entry in importlib.metadata.entry_points(group="ftrun.components"):
-        entry.load()
+    _load_installed()
     for (its_slot, name), cls in _classes.items():
         if its_slot == slot and name not in found:
             path = Path(importlib.import_module(cls.__module__).__file__ or "")
             found |= {spec.name: spec for spec in _specs_in(path) if spec.slot == slot}
     return dict(sorted(found.items()))
+
+
+@functools.cache
+def _load_installed() -> None:
+    for entry in importlib.metadata.entry_points(group="ftrun.components"):
+        entry.load()
 
 
 def _specs_in(path: Path) -> list[Spec]:

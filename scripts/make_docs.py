@@ -163,9 +163,8 @@ def _table(heads: list[str], rows: list[list[Any]]) -> str:
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def outdated() -> list[str]:
-    """Pages that differ from what would be written, are missing, or are left over."""
-    wanted = pages()
+def outdated(wanted: dict[Path, str]) -> list[str]:
+    """Of these pages those that differ from what is written or are missing, and those that are left over."""
     wrong = [
         str(path) for path, text in wanted.items() if not (DOCS / path).is_file() or (DOCS / path).read_text() != text
     ]
@@ -174,16 +173,17 @@ def outdated() -> list[str]:
 
 def main() -> None:
     if "--check" in sys.argv[1:]:
-        wrong = outdated()
+        wrong = outdated(pages())
         if wrong:
             sys.exit(f"docs/ is out of date, run `make docs`: {', '.join(wrong)}")
         return
     for path in DOCS.rglob("*.md"):
         path.unlink()
-    for path, text in pages().items():
+    made = pages()
+    for path, text in made.items():
         (DOCS / path).parent.mkdir(parents=True, exist_ok=True)
         (DOCS / path).write_text(text)
-    print(f"wrote {len(pages())} pages to {DOCS}")
+    print(f"wrote {len(made)} pages to {DOCS}")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,15 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
+import warm_processes
+from slowest_files import pytest_terminal_summary  # noqa: F401
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -163,6 +167,25 @@ def rows_file(rows, tmp_path) -> Path:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def pytest_collection_finish() -> None:
+    """Torch and its friends bring a million objects that live as long as the tests: they are not searched for garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_workers():
+    """The launcher's workers start from a server that has made the imports."""
+    warm_processes.start_workers_warm()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """A run takes one thread a process, however many cores there are: sums do not depend on them, and test workers share them."""
+    warm_processes.use_one_thread()
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_processes
 
 from ftrun import cli
 
@@ -300,13 +301,13 @@ sys.exit(cli.entry(sys.argv[1:]))
 """
 
 
-def start(patch: str, *words: str) -> subprocess.Popen:
+def start(patch: str, *words: str) -> warm_processes.Popen:
     """The command line in a process of its own, with a few lines of Python in front."""
     command = [sys.executable, "-c", PROGRAM.replace("{patch}", patch), "train", *words]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return warm_processes.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str]:
+def ended(process: warm_processes.Popen) -> tuple[int, str]:
     printed = process.communicate(timeout=120)[1]
     return process.returncode, message(printed)
 
@@ -320,6 +321,7 @@ def resumed(line: list[str], out: Path, *more: str) -> list[str]:
     return ["train", *(word for word in line if not word.startswith("out=")), *more, f"resume={out}"]
 
 
+@pytest.mark.slow
 def test_a_file_that_the_system_will_not_let_grow(line, tmp_path):
     """A limit on file sizes stands for a full disk: the adapter's file is larger than all that is written before."""
     limit = "from ftrun.training import loop\nplain = loop.Trainer.run\ndef run(self, *rest):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n    return plain(self, *rest)\nloop.Trainer.run = run"
@@ -337,7 +339,7 @@ SLOW_READING = "import ftrun.stages.rows as rows, time\nplain = rows.load_pool\n
 SLOW_SCORING = "from ftrun.training.scoring import Scoring\nimport time\nplain = Scoring._compute\ndef slow(self, *rest):\n    done = plain(self, *rest)\n    if self.computed > 8:\n        print('in a step', file=sys.stderr, flush=True); time.sleep(60)\n    return done\nScoring._compute = slow"
 
 
-def wait_for(process: subprocess.Popen, text: str) -> None:
+def wait_for(process: warm_processes.Popen, text: str) -> None:
     assert process.stderr is not None
     for printed in process.stderr:
         if text in printed:
@@ -360,6 +362,7 @@ def test_second_ctrl_c_does_not_wait(line, tmp_path):
     assert not list((tmp_path / "run").glob("train/checkpoints/step-*")) and not strays(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_first_ctrl_c_finishes_the_step_and_the_run_goes_on_later(line, tmp_path):
     process = start(SLOW_STEPS.replace("{seconds}", "0.5"), *line)
     wait_for(process, "in a step")
@@ -478,6 +481,7 @@ def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(ftrun_train, tmp_pa
     assert "the report cannot be written" in (tmp_path / "run/ftrun.log").read_text()
 
 
+@pytest.mark.slow
 def test_unforeseen_failure_in_a_sweep(line, tmp_path, monkeypatch, capsys):
     """The other jobs go on, and Hydra's traceback stays away."""
     from ftrun.stages import rows
@@ -553,9 +557,8 @@ def test_two_processes_say_it_once(line, tmp_path):
     """Both processes meet the broken line; one message, code 3, and a record."""
     file = write(tmp_path / "bad.jsonl", GOOD, "{broken")
     words = [f"data.path={file}" if word.startswith("data.path=") else word for word in line]
-    done = subprocess.run(
-        [sys.executable, "-m", "ftrun", "train", *words, "launch.processes=2"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "ftrun", "train", *words, "launch.processes=2"]
+    done = warm_processes.run(command, capture_output=True, text=True)
     assert done.returncode == 3 and "line 2 of" in message(done.stderr)
     assert summary(tmp_path / "run")["status"] == "failed"
 
@@ -563,10 +566,8 @@ def test_two_processes_say_it_once(line, tmp_path):
 @pytest.mark.slow
 def test_workers_do_not_outlive_their_launcher(line, tmp_path):
     """SIGKILL to the launcher: the workers finish their step, save, and leave."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ftrun", "train", *line, "launch.processes=2", "train.max_steps=100000"],
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "ftrun", "train", *line, "launch.processes=2", "train.max_steps=100000"]
+    process = warm_processes.Popen(command, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "run/train/metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
         assert process.poll() is None

@@ -7,21 +7,25 @@ import subprocess
 import sys
 
 import pytest
+import warm_processes
 
 from ftrun import cli
 from ftrun.cli import normal_override, parse
 
-
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "ftrun", *words], capture_output=True, text=True)
+LIGHT = [["--help"], ["recipes"], ["show", "recipe=lisa"], ["train", "recipe=lora_sft", "adapter.rr=4"], ["trian"]]
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["recipes"], ["show", "recipe=lisa"], ["train", "recipe=lora_sft", "adapter.rr=4"], ["trian"]]
-)
-def test_light_commands_leave_torch_alone(words):
-    """Help, listings and mistakes must not wait for torch."""
-    program = f"import sys; from ftrun import cli; cli.entry({words!r}); assert not {{'torch', 'transformers', 'peft', 'datasets'}} & sys.modules.keys()"
+@pytest.mark.slow
+def test_light_commands_leave_torch_alone():
+    """Help, listings and mistakes must not wait for torch: one fresh interpreter, which has imported nothing before."""
+    program = f"""
+import sys
+from ftrun import cli
+for words in {LIGHT!r}:
+    cli.entry(words)
+    heavy = {{"torch", "transformers", "peft", "datasets"}} & sys.modules.keys()
+    assert not heavy, (words, heavy)
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -90,6 +94,7 @@ def test_mistakes_get_one_clear_message(words, code, expected, tmp_path, capsys,
 QUICK = ["data.heldout=0.2", "data.max_length=128", "train.max_steps=2", "train.batch_size=4"]
 
 
+@pytest.mark.slow
 def test_sweep_runs_every_job(tiny_dir, rows_file, tmp_path, monkeypatch, capsys):
     """-m crosses the values, swaps slots inside the sweep, and every job has a run folder of its own."""
     monkeypatch.chdir(tmp_path)
@@ -118,16 +123,9 @@ def test_sweep_is_checked_before_it_starts(tiny_dir, rows_file, tmp_path, monkey
 
 
 def test_json_is_the_last_line(tiny_dir, rows_file, tmp_path):
-    done = run(
-        "train",
-        "recipe=lora_sft",
-        f"model.path={tiny_dir}",
-        f"data.path={rows_file}",
-        f"out={tmp_path / 'run'}",
-        "eval=[]",
-        "--json",
-        *QUICK,
-    )
+    words = ["recipe=lora_sft", f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "ftrun", "train", *words, "eval=[]", "--json", *QUICK]
+    done = warm_processes.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1]) == json.loads((tmp_path / "run/summary.json").read_text())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,10 +32,22 @@ def batch(table):
     return collate(table, [[row] for row in range(4)], pad_id=3)
 
 
+@pytest.fixture(scope="session")
+def loaded(tiny_dir):
+    """The tiny model, to be copied: that is much quicker than loading."""
+    return AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
+
+
 @pytest.fixture
-def fresh(tiny_dir):
-    """Load the tiny model anew; keyword arguments go to from_pretrained."""
-    return lambda **arguments: AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32, **arguments).eval()
+def fresh(tiny_dir, loaded):
+    """The tiny model anew; keyword arguments go to from_pretrained."""
+
+    def make(**arguments):
+        if not arguments:
+            return copy.deepcopy(loaded)
+        return AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32, **arguments).eval()
+
+    return make
 
 
 @pytest.fixture

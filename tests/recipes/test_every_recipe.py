@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from composed import as_shipped
 
 from ftrun import cli
-from ftrun.config import compose, recipes
+from ftrun.config import recipes
 
 ARGUMENTS = {
     "tokens=rho1": ["tokens.reference={tiny}"],
@@ -43,6 +46,7 @@ ARGUMENTS = {
     "select=rds_plus": ["select.queries=[{queries}]"],
 }
 
+pytestmark = pytest.mark.slow
 ANSWER = "yes no 7 dog the"  # of the model that has learned to answer
 
 
@@ -52,10 +56,7 @@ def rows_for(rows_file, pairs_file, text_file, labels_file):
 
 
 def overrides_for(name, rows_for, tiny_dir, tiny_encoder_dir, out) -> list[str]:
-    from ftrun import registry
-
-    settings = compose.load([f"recipe={name}", *extra(name, tiny_dir)]).settings
-    registry.build("objective", settings.choice("objective"))
+    settings = as_shipped(name).settings
     kind = (settings.component("tokens").eats or (settings.component("objective").kind,))[0]
     further = extra(name, tiny_dir)
     words = [
@@ -155,7 +156,7 @@ def trains(name: str) -> bool:
 
 @pytest.mark.parametrize("name", sorted(filter(trains, recipes.catalogue())))
 def test_recipe_trains(name, rows_for, tiny_dir, tiny_encoder_dir, tmp_path, capsys):
-    """Three steps end with a finite loss, something saved, and the files of the contract."""
+    """Selection and three steps end with chosen rows, a finite loss, something saved, and the files of the contract."""
     out = tmp_path / "run"
     code = cli.entry(["train", *overrides_for(name, rows_for, tiny_dir, tiny_encoder_dir, out), "--json"])
     printed = capsys.readouterr()
@@ -166,12 +167,14 @@ def test_recipe_trains(name, rows_for, tiny_dir, tiny_encoder_dir, tmp_path, cap
     assert math.isfinite(summary["final_loss"]) and summary["trainable_parameters"] > 0
     assert (out / "adapter").is_dir() or (out / "model").is_dir()
     assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt"))
-    for name in ("config.yaml", "lock.json", "report.html", "ftrun.log", "train/metrics.jsonl", "eval/results.json"):
-        assert (out / name).is_file(), name
+    for file in ("config.yaml", "lock.json", "report.html", "ftrun.log", "train/metrics.jsonl", "eval/results.json"):
+        assert (out / file).is_file(), file
     lines = [json.loads(line) for line in (out / "train/metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "memory_bytes"} <= steps[0].keys()
+    if selects(name):
+        check_selection(out, most=12)
 
 
 @pytest.mark.parametrize("name", sorted(name for name in recipes.catalogue() if not trains(name)))
@@ -184,44 +187,43 @@ def test_recipe_evaluates(name, rows_for, tiny_dir, tiny_encoder_dir, tmp_path, 
     summary = json.loads(printed.out.strip().splitlines()[-1])
     assert summary["status"] == "done" and summary["steps"] == 0
     results = json.loads((out / "eval/results.json").read_text())
-    assert results.keys() == {evaluator for evaluator, _ in compose.load([f"recipe={name}"]).settings.eval}
+    assert results.keys() == {evaluator for evaluator, _ in as_shipped(name).settings.eval}
     assert all(metrics for metrics in results.values())
     for file in ("config.yaml", "lock.json", "report.html", "ftrun.log"):
         assert (out / file).is_file(), file
+    if selects(name):
+        check_selection(out, most=12)
 
 
-def selecting() -> list[str]:
-    found = map(recipes.find, recipes.catalogue())
-    return [recipe.name for recipe in found if (recipe.choice("select"), recipe.choice("picker")) != ("none", "own")]
+def selects(name: str) -> bool:
+    recipe = recipes.find(name)
+    return (recipe.choice("select"), recipe.choice("picker")) != ("none", "own")
 
 
-@pytest.mark.parametrize("name", selecting())
-def test_recipe_selects(name, rows_for, tiny_dir, tmp_path, capsys):
-    """`ftrun select` writes scores and chosen rows with the contract's columns, and the same choice twice."""
-    import pyarrow.parquet as pq
+def check_selection(out: Path, most: int) -> list[int]:
+    """Scores and chosen rows have the contract's columns and agree; the places of the chosen rows."""
+    table = pq.read_table(out / "selection/scores.parquet").to_pydict()
+    rows = [json.loads(line) for line in (out / "selection/selected.jsonl").read_text().splitlines()]
+    assert table["id"] == sorted(set(table["id"]))
+    assert 0 < len(rows) <= most
+    assert {row["id"] for row in rows} == {
+        i for i, chosen in zip(table["id"], table["selected"], strict=True) if chosen
+    }
+    assert sum(table["selected"]) == len(rows)
+    assert sorted(rank for rank in table["rank"] if rank is not None) == list(range(1, len(rows) + 1))
+    return [row["id"] for row in rows]
 
-    kind = compose.load([f"recipe={name}", *extra(name, tiny_dir)]).settings.component("objective").kind
-    total = len(rows_for[kind].read_text().splitlines())
+
+@pytest.mark.parametrize("name", ["superfiltering", "dac_iter", "less"])  # scores, rounds of training, gradients
+def test_select_chooses_the_same_rows_twice(name, rows_for, tiny_dir, tmp_path, capsys, monkeypatch):
+    """`ftrun select` alone, of all rows, and with nothing to reuse of the first time."""
     picked = []
     for attempt in ("one", "two"):
+        monkeypatch.setenv("FTRUN_CACHE", str(tmp_path / f"cache-{attempt}"))
         out = tmp_path / attempt
-        words = [
-            f"recipe={name}",
-            f"model.path={tiny_dir}",
-            f"data.path={rows_for[kind]}",
-            "budget=5",
-            f"out={out}",
-            *extra(name, tiny_dir),
-        ]
-        assert cli.entry(["select", *words]) == 0, capsys.readouterr().err
-        table = pq.read_table(out / "selection/scores.parquet").to_pydict()
-        assert table["id"] == list(range(total))
-        rows = [json.loads(line) for line in (out / "selection/selected.jsonl").read_text().splitlines()]
-        assert sum(table["selected"]) == len(rows)
-        assert 0 < len(rows) <= 5
-        assert {row["id"] for row in rows} == {
-            i for i, chosen in zip(table["id"], table["selected"], strict=True) if chosen
-        }
-        assert sorted(rank for rank in table["rank"] if rank is not None) == list(range(1, len(rows) + 1))
-        picked.append([row["id"] for row in rows])
+        words = [f"recipe={name}", f"model.path={tiny_dir}", f"data.path={rows_for['sft']}", "budget=5", f"out={out}"]
+        assert cli.entry(["select", *words, *extra(name, tiny_dir)]) == 0, capsys.readouterr().err
+        picked.append(check_selection(out, most=5))
+        assert pq.read_table(out / "selection/scores.parquet")["id"].to_pylist() == list(range(24))
+        assert not (out / "train").exists() and not (out / "eval").exists()
     assert picked[0] == picked[1]

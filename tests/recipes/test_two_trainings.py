@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import ftrun
 
+pytestmark = pytest.mark.slow
 QUICK = ["data.heldout=0.2", "data.max_length=128", "train.batch_size=4", "train.max_steps=4"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import threading
@@ -87,13 +88,19 @@ def together() -> Callable[[int, Callable[[Threads], Any]], list[Any]]:
     return start
 
 
-@pytest.fixture
-def bundle(tiny_dir: Path) -> Bundle:
+@pytest.fixture(scope="session")
+def loaded(tiny_dir: Path) -> Bundle:
+    """The tiny model, to be copied: that is much quicker than loading."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
     return Bundle(model, tokenizer, describe(model), torch.device("cpu"), torch.float32, str(tiny_dir), "tiny", 512)
+
+
+@pytest.fixture
+def bundle(loaded: Bundle) -> Bundle:
+    return copy.deepcopy(loaded)
 
 
 @pytest.fixture

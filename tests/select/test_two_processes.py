@@ -23,6 +23,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("recipe", CASES)
+@pytest.mark.slow
 def test_the_same_choice(recipe, tiny_dir, rows, rows_file, tmp_path, monkeypatch, capsys):
     queries, chosen = tmp_path / "queries.jsonl", []
     queries.write_text("".join(json.dumps(row) + "\n" for row in rows[3:7]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +42,15 @@ class Alone:
         return [value]
 
 
-@pytest.fixture
-def bundle(tiny_dir: Path) -> Bundle:
+@pytest.fixture(scope="session")
+def loaded(tiny_dir: Path) -> Bundle:
+    """The tiny model, to be copied: that is much quicker than loading."""
     return load_bundle(ModelConfig(path=str(tiny_dir)), task="causal")
+
+
+@pytest.fixture
+def bundle(loaded: Bundle) -> Bundle:
+    return copy.deepcopy(loaded)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,8 +249,7 @@ def test_two_processes_train_what_one_trains(tiny_dir, rows_file, tmp_path):
     for out, processes in (("one", 1), ("two", 2)):
         more = ("launch.threads=1", f"launch.processes={processes}", "eval=[]")
         overrides = words(tiny_dir, rows_file, tmp_path / out, *more)
-        done = subprocess.run([sys.executable, "-m", "ftrun", "train", *overrides], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        ftrun.run("train", overrides=overrides)
     assert written(tmp_path / "one") == written(tmp_path / "two")
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
 

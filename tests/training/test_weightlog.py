@@ -24,6 +24,7 @@ def lines(tiny_dir: Path, rows_file: Path, out: Path, *more: str) -> list[dict]:
     return [json.loads(line) for line in (out / "train/token_weights.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_counts_agree_with_each_other_and_with_the_cut(tiny_dir, rows_file, tmp_path):
     one = lines(tiny_dir, rows_file, tmp_path / "a", "tokens=talr")
     assert [line["step"] for line in one] == [1, 2, 3]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -164,9 +162,7 @@ def test_two_processes_merge_at_the_end(tiny_dir, rows_file, tmp_path):
         "train.merge=true",
         "eval=[]",
     ]
-    command = [sys.executable, "-m", "ftrun", "train", "recipe=lora_sft", f"out={tmp_path / 'run'}", *words, *QUICK]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    ftrun.run("train", "lora_sft", [f"out={tmp_path / 'run'}", *words, *QUICK])
     assert (tmp_path / "run/model/model.safetensors").exists()
 
 

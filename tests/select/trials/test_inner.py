@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import ftrun
 from ftrun.errors import ConfigError, DataError
 from ftrun.models.fast import speed_up
 from ftrun.select.trials import inner
@@ -203,8 +202,7 @@ def test_two_processes_train_the_same(tiny_dir, rows_file, tmp_path):
         out = tmp_path / str(processes)
         words = ["recipe=learning_percentage", f"model.path={tiny_dir}", f"data.path={rows_file}", "budget=6"]
         words += ["select.learning_rate=1e-2", f"launch.processes={processes}", "launch.threads=1", f"out={out}"]
-        done = subprocess.run([sys.executable, "-m", "ftrun", "select", *words], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        ftrun.run("select", overrides=words)
         found.append(pq.read_table(out / "selection/scores.parquet").to_pydict())
         assert json.loads((out / "summary.json").read_text())["status"] == "done"
     for name in ("ppl_0", "ppl_1", "ppl_3"):

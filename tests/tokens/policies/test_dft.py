@@ -100,6 +100,7 @@ def losses(tiny_dir: Path, rows_file: Path, out: Path, *more: str) -> list[float
     return [json.loads(line)["loss"] for line in (out / "train/metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_power_0_is_plain_training_and_the_cut_does_not_matter(tiny_dir, rows_file, tmp_path):
     plain = losses(tiny_dir, rows_file, tmp_path / "sft")
     assert losses(tiny_dir, rows_file, tmp_path / "zero", "tokens=dft", "tokens.power=0") == plain

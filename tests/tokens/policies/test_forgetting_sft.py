@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +136,5 @@ def test_two_processes_train_what_one_trains(tiny_dir, reference_dir, rows_file,
         monkeypatch.setenv("FTRUN_CACHE", str(tmp_path / f"cache-{out}"))
         more = ("tokens=forgetting_sft", "tokens.lambda_max=1", "launch.threads=1", f"launch.processes={processes}")
         overrides = [*words(tiny_dir, rows_file, tmp_path / out, *more), f"tokens.reference={reference_dir}"]
-        done = subprocess.run([sys.executable, "-m", "ftrun", "train", *overrides], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        ftrun.run("train", overrides=overrides)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-4, atol=1e-4)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -201,6 +199,5 @@ def test_two_processes_train_what_one_trains(tiny_dir, two_tasks, tmp_path):
     for out, processes in (("one", 1), ("two", 2)):
         more = ("launch.threads=1", f"launch.processes={processes}")
         overrides = words(tiny_dir, two_tasks, tmp_path / out, *more)
-        done = subprocess.run([sys.executable, "-m", "ftrun", "train", *overrides], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        ftrun.run("train", overrides=overrides)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,8 +246,7 @@ def test_two_processes_hide_what_one_hides(tiny_dir, rows_file, tmp_path):
         out = tmp_path / str(processes)
         words = ["recipe=sft", f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={out}", *QUICK, "eval=[]"]
         words += ["tokens=mft", "tokens.replace_rate=0.5", "launch.threads=1", f"launch.processes={processes}"]
-        done = subprocess.run([sys.executable, "-m", "ftrun", "train", *words], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        ftrun.run("train", overrides=words)
         lines = [json.loads(line) for line in (out / "train/metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
     np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-5)

@@ -178,6 +178,7 @@ def losses(tiny_dir: Path, rows_file: Path, out: Path, *more: str) -> list[float
     return [json.loads(line)["loss"] for line in (out / "train/metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_the_cut_and_starts_as_sft_on_own_data(tiny_dir, rows_file, tmp_path):
     own = ("tokens=pear", f"tokens.behaviour={tiny_dir}", "tokens.gamma=1")
     whole = losses(tiny_dir, rows_file, tmp_path / "a", *own, "train.packing=false")

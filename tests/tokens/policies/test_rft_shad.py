@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import ftrun
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.objectives.sft import Sft
@@ -158,6 +157,5 @@ def test_two_processes_train_what_one_trains(tiny_dir, rows_file, tmp_path):
         words = ["recipe=rft_shad", f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={tmp_path / out}"]
         words += ["eval=[]", "data.heldout=0", "train.batch_size=8", "train.max_steps=3", "tokens.shuffled_rows=0.5"]
         words += ["tokens.shad_learning_rate=1e-2", "launch.threads=1", f"launch.processes={processes}"]
-        done = subprocess.run([sys.executable, "-m", "ftrun", "train", *words], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        ftrun.run("train", overrides=words)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-4)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +195,7 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "train/metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_the_cut_and_k_1_is_sft(tiny_dir, reference_dir, rows_file, tmp_path):
     rho = ("tokens=rho1", f"tokens.reference={reference_dir}")
     ftrun.run("train", overrides=words(tiny_dir, rows_file, tmp_path / "a", *rho, "train.packing=false"))
@@ -215,6 +214,5 @@ def test_two_processes_train_what_one_trains(scope, tiny_dir, reference_dir, row
     for out, processes in (("one", 1), ("two", 2)):
         more = ("tokens=rho1", f"tokens.reference={reference_dir}", f"tokens.scope={scope}", "launch.threads=1")
         overrides = words(tiny_dir, rows_file, tmp_path / out, *more, f"launch.processes={processes}")
-        done = subprocess.run([sys.executable, "-m", "ftrun", "train", *overrides], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        ftrun.run("train", overrides=overrides)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5, atol=1e-5)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import ftrun
 from ftrun.data.prepare import prepare
 from ftrun.data.records import Message, Record
 from ftrun.data.render import Renderer
@@ -396,8 +395,7 @@ def test_two_processes_make_what_one_makes(tiny_dir, labels_file, tmp_path, monk
         words += ["data.limit=8", "tokens.m=3", "tokens.steps=3", "tokens.batch_size=4", "tokens.max_new_tokens=6"]
         words += ["tokens.learning_rate=1e-2", "train.batch_size=4", "train.max_steps=2", "launch.threads=1"]
         words += [f"launch.processes={processes}", f"out={tmp_path / out}"]
-        done = subprocess.run([sys.executable, "-m", "ftrun", "train", *words], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        ftrun.run("train", overrides=words)
         edited = (tmp_path / out / "selection" / "edited.jsonl").read_text().splitlines()
         metrics = (tmp_path / out / "train" / "metrics.jsonl").read_text().splitlines()
         found.append(([json.loads(line) for line in edited], [json.loads(line)["loss"] for line in metrics]))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -178,8 +176,7 @@ def test_two_processes_train_what_one_trains(tiny_dir, rows_file, tmp_path):
     for out, processes in (("one", 1), ("two", 2)):
         more = (*ROUNDS, "tokens.rounds=3", "train.batch_size=8", f"launch.processes={processes}")
         overrides = words(tiny_dir, rows_file, tmp_path / out, *more)
-        done = subprocess.run([sys.executable, "-m", "ftrun", "train", *overrides], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        ftrun.run("train", overrides=overrides)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-4, atol=1e-4)
     one, two = tokens(tmp_path / "one"), tokens(tmp_path / "two")
     np.testing.assert_allclose(one["score"], two["score"], atol=1e-4)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
+import ftrun
 from ftrun.config.compose import load
 from ftrun.data.batches import micro_batches
 from ftrun.errors import ConfigError
@@ -129,7 +128,6 @@ def test_two_processes_train_what_one_trains(normalize, tiny_dir, rows_file, tmp
         words = ["recipe=sft", f"model.path={tiny_dir}", f"data.path={rows_file}", f"out={out}", "eval=[]"]
         words += ["data.heldout=0", "train.batch_size=8", "train.max_steps=3", "tokens=talr"]
         words += [f"tokens.normalize={normalize}", "launch.threads=1", f"launch.processes={processes}"]
-        done = subprocess.run([sys.executable, "-m", "ftrun", "train", *words], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        ftrun.run("train", overrides=words)
         losses.append([json.loads(line)["loss"] for line in (out / "train/metrics.jsonl").read_text().splitlines()])
     np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-7)
