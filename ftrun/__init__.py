@@ -13,7 +13,7 @@ def run(verb: str, recipe: str | None = None, overrides: Sequence[str] = ()) -> 
 
     Raises the errors of ftrun.errors, each with the exit code that the command line would end with.
     """
-    from ftrun.cli import normal_override
+    from ftrun.config.grammar import normal_override
     from ftrun.config import compose
     from ftrun.verbs import run_verb
 

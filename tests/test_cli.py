@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from ftrun import cli
-from ftrun.cli import normal_override, parse
+from ftrun.cli import parse
+from ftrun.config.grammar import normal_override
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ftrun.cli import normal_override
+from ftrun.config.grammar import normal_override
 from ftrun.config import recipes
 from ftrun.config.compose import load, load_each, recipe_names
 from ftrun.config.recipes import FIDELITIES
