@@ -13,8 +13,8 @@ def run(verb: str, recipe: str | None = None, overrides: Sequence[str] = ()) -> 
 
     Raises the errors of ftrun.errors, each with the exit code that the command line would end with.
     """
-    from ftrun.config.grammar import normal_override
     from ftrun.config import compose
+    from ftrun.config.grammar import normal_override
     from ftrun.verbs import run_verb
 
     words = [normal_override(word) for word in overrides]

@@ -215,7 +215,9 @@ def _plain_verb(line: CommandLine) -> int:
 
         if len(line.rest) > 1 or line.overrides:
             extra = [*line.rest[1:], *line.overrides][0]
-            raise ConfigError("one pattern, please", f"ftrun recipes ... {extra}", "A pattern takes *: ftrun recipes 'q*'")
+            raise ConfigError(
+                "one pattern, please", f"ftrun recipes ... {extra}", "A pattern takes *: ftrun recipes 'q*'"
+            )
         print_recipes(line.rest[0] if line.rest else None, line.slot, line.json, line.long)
         return 0
     from ftrun.reporting.doctor import print_doctor

@@ -35,7 +35,7 @@ from ftrun.config.settings import (
 )
 from ftrun.config.store import CHOSEN, RECIPE_FILE, ROOT, SINGLE_SLOTS, populate
 from ftrun.config.values import check_values
-from ftrun.errors import ConfigError, nearest
+from ftrun.errors import ConfigError
 from ftrun.registry import Spec
 
 POOL_KEYS = ("path", "format", "columns", "weights", "split", "limit", "system")  # of data: which rows there are

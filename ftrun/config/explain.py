@@ -80,7 +80,9 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
             wrong = _unknown_key(override, tree)
             if wrong:
                 return wrong
-    return ConfigError("these words do not make a config", _culprit(parsed), "Take that part away, or see `ftrun show`.")
+    return ConfigError(
+        "these words do not make a config", _culprit(parsed), "Take that part away, or see `ftrun show`."
+    )
 
 
 def _culprit(parsed: Sequence[Override]) -> str:

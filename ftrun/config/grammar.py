@@ -30,7 +30,9 @@ _NUMBER = re.compile(
     r"[+-]?(\d[\d_]*(\.[\d_]*)?([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|inf|nan)|true|false", re.ASCII | re.IGNORECASE
 )
 # what the grammar reads as it stands: plain characters, escaped ones, and ${...}
-_READABLE = re.compile(r"([A-Za-z0-9_/+.%*@?|: \t$-]|\\[\\()\[\]{}:=, \t]|\\(?![\\()\[\]{}:=,\s'\"$])|\$\{[^{}'\"]+\})*")
+_READABLE = re.compile(
+    r"([A-Za-z0-9_/+.%*@?|: \t$-]|\\[\\()\[\]{}:=, \t]|\\(?![\\()\[\]{}:=,\s'\"$])|\$\{[^{}'\"]+\})*"
+)
 _INTERPOLATION = re.compile(r"\$\{[^{}'\"]+\}")
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 _PAIRS = {"[": "]", "{": "}", "(": ")"}

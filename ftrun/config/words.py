@@ -208,6 +208,8 @@ def dashed(verb: str, word: str, value: str | None, flags: Collection[str]) -> C
     key = name.replace("-", "_")
     ours = our_words(key, given) or (f"{name}={given}" if key.split(".")[0] in sections or equals else None)
     if ours and (equals or not close or key in sections):
-        return ConfigError(f"keys take no dashes, {word.partition('=')[0]} has some", f"ftrun {verb} {word}", f"Write {ours}")
+        return ConfigError(
+            f"keys take no dashes, {word.partition('=')[0]} has some", f"ftrun {verb} {word}", f"Write {ours}"
+        )
     todo = f'Did you mean "{close[0]}"?' if close else f"See `ftrun {verb} --help`."
     return ConfigError(f"there is no flag {word}", f"ftrun {verb} {word}", todo)
