@@ -11,6 +11,7 @@ from typing import Any
 
 from ftrun.config.grammar import normal_override
 from ftrun.errors import ComponentError, ConfigError, FtrunError, nearest
+from ftrun.quiet import hush
 
 HYDRA_VERBS = ("train", "select", "eval", "preview", "plan", "generate", "merge", "show")
 PLAIN_VERBS = ("recipes", "doctor")
@@ -64,6 +65,7 @@ def entry(argv: Sequence[str]) -> int:
 
             print(f"ftrun {version('ftrun') or 'from a checkout'}")
             return 0
+        hush()
         return dispatch(parse(argv))
     except FtrunError as error:
         return say(error)
