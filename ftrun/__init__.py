@@ -13,10 +13,12 @@ def run(verb: str, recipe: str | None = None, overrides: Sequence[str] = ()) -> 
 
     Raises the errors of ftrun.errors, each with the exit code that the command line would end with.
     """
-    from ftrun.cli import normal_override
     from ftrun.config import compose
+    from ftrun.config.grammar import normal_override
+    from ftrun.quiet import hush
     from ftrun.verbs import run_verb
 
+    hush()
     words = [normal_override(word) for word in overrides]
     if recipe:
         words.insert(0, f"recipe={recipe}")

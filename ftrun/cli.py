@@ -9,48 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftrun.config.grammar import normal_override
 from ftrun.errors import ComponentError, ConfigError, FtrunError, nearest
+from ftrun.quiet import hush
 
-HELP = """ftrun: fine-tune language models, one recipe a published method
-
-  ftrun train    recipe=qlora_sft data.path=my.jsonl model.path=FOLDER    select, attach, train, evaluate
-  ftrun select   recipe=superfiltering data.path=pool.jsonl budget=0.1    score rows and keep the best
-  ftrun select   recipe=superfiltering,longest,random budget=0.1          several methods side by side on one pool
-  ftrun select   explain run=RUN id=17                                    why a row was kept or left out
-  ftrun preview  recipe=qlora_sft data.path=my.jsonl                      rows exactly as they are trained
-  ftrun plan     recipe=qlora_sft                                         memory and time before the run
-  ftrun eval     run=RUN | model.path=FOLDER                              evaluators on a run or a model
-  ftrun generate run=RUN prompt="..."                                     try a trained model
-  ftrun merge    run=RUN                                                  fold the adapter into plain weights
-  ftrun recipes  [PATTERN] [--slot SLOT] [--json]                         what there is
-  ftrun show     recipe=NAME                                              paper, differences, every knob
-  ftrun doctor   [--json]                                                 what this machine can do
-
-Any key can be set: optim.learning_rate=1e-4 adapter.r=16 train.max_steps=50. A slot swaps a component: adapter=lisa.
-  -m         sweep over comma-separated values: ftrun train -m recipe=lora_sft seed=0,1
-  --json     print the summary as the last line of standard output
-  --html     ftrun preview: write a page instead of printing
-  --recipes DIR   look for recipes there too
-  --cfg job  print the composed config; all Hydra flags work (--hydra-help)
-"""
 HYDRA_VERBS = ("train", "select", "eval", "preview", "plan", "generate", "merge", "show")
 PLAIN_VERBS = ("recipes", "doctor")
-OWN_FLAGS = ("--json", "--html")
+OWN_FLAGS = ("--json", "--html", "--long")
 FLAGS_WITH_VALUE = (
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-    "--config-path",
-    "-cp",
-    "--config-name",
-    "-cn",
-    "--config-dir",
-    "-cd",
-    "--info",
-    "-i",
-    "--experimental-rerun",
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    *("--info", "-i", "--experimental-rerun"),
 )
+PLAIN_FLAGS = ("-h", "--help", "--hydra-help", "--resolve", "--run", "-r", "--multirun", "-m")
+FLAGS = (*OWN_FLAGS, *FLAGS_WITH_VALUE, *PLAIN_FLAGS, "--recipes", "--slot", "--long", "--version", "--completion")
 
 
 @dataclass
@@ -62,6 +33,8 @@ class CommandLine:
     hydra_flags: list[str] = field(default_factory=list)
     json: bool = False
     html: bool = False
+    long: bool = False
+    slot: str | None = None
     rest: list[str] = field(default_factory=list)  # words that are neither (recipes PATTERN)
 
     @property
@@ -78,13 +51,21 @@ def entry(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code; a user's mistake prints its message, not a traceback."""
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
-            print(HELP, end="")
+            from ftrun.reporting.manual import print_help
+
+            print_help(next(iter(argv[1:]), None))
+            return 0
+        if argv[0] in ("--completion", "--complete"):
+            from ftrun import completion
+
+            completion.answer(argv)
             return 0
         if argv[0] == "--version":
             from ftrun.runs.lockfile import version
 
             print(f"ftrun {version('ftrun') or 'from a checkout'}")
             return 0
+        hush()
         return dispatch(parse(argv))
     except FtrunError as error:
         return say(error)
@@ -109,7 +90,8 @@ def say(error: FtrunError) -> int:
         traceback.print_exception(error)
     echo = error.secondary and os.environ.get("RANK", "0") != "0"
     if not leave_error(error) and not echo:
-        print(f"ftrun: {error}", file=sys.stderr)
+        text = f"ftrun: {error}".encode(errors="backslashreplace").decode()  # half a character of a file's name
+        print(text, file=sys.stderr)
     return error.exit_code
 
 
@@ -145,73 +127,60 @@ def parse(argv: Sequence[str]) -> CommandLine:
         )
     while words:
         word = words.pop(0)
-        if word == "--recipes":
-            if not words:
-                raise ConfigError("--recipes takes a folder")
-            os.environ["FTRUN_RECIPES"] = os.pathsep.join(
-                filter(None, [os.environ.get("FTRUN_RECIPES", ""), words.pop(0)])
-            )
-        elif word in OWN_FLAGS:
-            setattr(line, word.removeprefix("--"), True)
-        elif word.startswith("-"):
-            line.hydra_flags.append(word)
-            if word in FLAGS_WITH_VALUE and words:
-                line.hydra_flags.append(words.pop(0))
-        elif "=" in word or word.startswith("~"):
+        if word.startswith("-"):
+            _take_flag(line, word, words)
+        elif ("=" in word and not word.startswith("=")) or word.startswith("~"):
             line.overrides.append(normal_override(word))
         else:
             line.rest.append(word)
     return line
 
 
-TEXT_KEYS = (
-    "prompt",
-    "out",
-    "run",
-    "resume",
-    "model.path",
-    "model.template",
-    "data.path",
-    "data.heldout_path",
-    "data.system",
-    "select.model.path",
-)
-RENAMED = {"select.scorer": "select", "select.picker": "picker", "select/picker": "picker"}
+def _take_flag(line: CommandLine, word: str, words: list[str]) -> None:
+    """Note one flag, and take its value from the words behind it. Raises ConfigError for a flag that there is not."""
+    name, equals, value = word.partition("=")
+    if name in OWN_FLAGS and not equals:
+        setattr(line, name.removeprefix("--"), True)
+        return
+    if name in ("--recipes", "--slot", *FLAGS_WITH_VALUE):
+        if not equals and not words:
+            raise ConfigError(f"{name} takes a value", f"ftrun {line.verb} {name}", "See `ftrun --help`.")
+        value = value if equals else words.pop(0)
+        if name == "--slot":
+            line.slot = value
+        elif name == "--recipes":
+            known = filter(None, [os.environ.get("FTRUN_RECIPES", ""), os.path.expanduser(value)])
+            os.environ["FTRUN_RECIPES"] = os.pathsep.join(known)
+        else:
+            line.hydra_flags += [name, value]
+    elif word in PLAIN_FLAGS:
+        line.hydra_flags.append(word)
+    else:
+        from ftrun.config.words import dashed
 
-
-def normal_override(word: str) -> str:
-    """The override as Hydra's grammar wants it: select.picker=kmq picks a slot, and free text is quoted."""
-    key, _, value = word.partition("=")
-    if key in RENAMED:
-        return f"{RENAMED[key]}={value}"
-    if key in TEXT_KEYS and value and not (key == "data.path" and value.startswith("[")) and value[0] not in "'\"":
-        plain = all(letter.isalnum() or letter in "._-/:\\@,*~" for letter in value)
-        if not plain or key == "prompt":
-            return f"{key}={quote(value)}"
-    return word
-
-
-def quote(text: str) -> str:
-    """Free text as a quoted string of Hydra's grammar; ``${`` is no interpolation."""
-    return "'" + text.replace("${", "\\${").replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+        raise dashed(line.verb, word, words[0] if words and "=" not in words[0] else None, FLAGS)
 
 
 def dispatch(line: CommandLine) -> int:
     """Hand the command line to its verb."""
+    if "--help" in line.hydra_flags or "-h" in line.hydra_flags:
+        from ftrun.reporting.manual import print_help
+
+        print_help(line.verb)
+        return 0
     if line.verb in PLAIN_VERBS:
         return _plain_verb(line)
-    if "--help" in line.hydra_flags or "-h" in line.hydra_flags:
-        print(HELP, end="")
-        return 0
     if line.verb == "select" and line.rest == ["explain"]:
         from ftrun.verbs.explain import explain
 
         _print_result(line, explain(line.overrides, quiet=line.json))
         return 0
     if line.rest:
-        raise ConfigError(
-            f'"{line.rest[0]}" is not of the form key=value', f"ftrun {line.verb} {line.rest[0]}", "See `ftrun --help`."
-        )
+        from ftrun.config import recipes, words
+
+        if line.verb != "show" or len(line.rest) > 1 or line.rest[0] not in recipes.catalogue():
+            raise words.bare_word(line.verb, line.rest[0], line.rest[1:])
+        line.overrides.insert(0, f"recipe={line.rest.pop()}")  # ftrun show tshirt can mean one thing only
     from ftrun.config import compose
 
     if line.sweep:
@@ -243,13 +212,15 @@ def execute(verb: str, composed: Any, line: CommandLine) -> dict[str, Any] | Non
 
 
 def _plain_verb(line: CommandLine) -> int:
-    slot = None
-    if "--slot" in line.hydra_flags:
-        slot = line.rest.pop() if line.rest else None
     if line.verb == "recipes":
         from ftrun.reporting.catalogue import print_recipes
 
-        print_recipes(line.rest[0] if line.rest else None, slot, line.json)
+        if len(line.rest) > 1 or line.overrides:
+            extra = [*line.rest[1:], *line.overrides][0]
+            raise ConfigError(
+                "one pattern, please", f"ftrun recipes ... {extra}", "A pattern takes *: ftrun recipes 'q*'"
+            )
+        print_recipes(line.rest[0] if line.rest else None, line.slot, line.json, line.long)
         return 0
     from ftrun.reporting.doctor import print_doctor
 

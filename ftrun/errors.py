@@ -26,7 +26,12 @@ class FtrunError(Exception):
         self.what, self.where, self.todo = what, where, todo
 
     def __str__(self) -> str:
-        return "\n  ".join(part for part in (self.what, self.where, self.todo) if part)
+        lines = (
+            self.what.replace("\n", "\\n"),
+            self.where.replace("\n", "\\n"),
+            self.todo,
+        )  # a value may hold a line break
+        return "\n  ".join(part for part in lines if part)
 
 
 class ConfigError(FtrunError):

@@ -10,7 +10,8 @@ import pytest
 import warm_processes
 
 from ftrun import cli
-from ftrun.cli import normal_override, parse
+from ftrun.cli import parse
+from ftrun.config.grammar import normal_override
 
 LIGHT = [["--help"], ["recipes"], ["show", "recipe=lisa"], ["train", "recipe=lora_sft", "adapter.rr=4"], ["trian"]]
 

@@ -18,7 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ftrun import registry
 from ftrun.config import capabilities, keys, recipes
-from ftrun.config.explain import explain, parse, slot_taken_away
+from ftrun.config.explain import explain, parse, slot_taken_away, suggest, unresolved
+from ftrun.config.grammar import normal_override
 from ftrun.config.recipes import DEFAULT_CHOICES, GROUPS, Recipe
 from ftrun.config.saved import as_recipe, recipes_of, run_folder
 from ftrun.config.schema import check_section
@@ -34,7 +35,7 @@ from ftrun.config.settings import (
 )
 from ftrun.config.store import CHOSEN, RECIPE_FILE, ROOT, SINGLE_SLOTS, populate
 from ftrun.config.values import check_values
-from ftrun.errors import ConfigError, nearest
+from ftrun.errors import ConfigError
 from ftrun.registry import Spec
 
 POOL_KEYS = ("path", "format", "columns", "weights", "split", "limit", "system")  # of data: which rows there are
@@ -62,10 +63,14 @@ def prepare(overrides: Sequence[str], base: Recipe | None = None) -> list[str]:
             names = [name.strip() for name in override.removeprefix("recipe=").strip("'\"").split(",")]
             found = [recipes.find(name) for name in names if name not in ("", "null")]
             chosen += found
-            override = "recipe=" + (",".join(recipe.name for recipe in found) or "null")
+            override = "recipe=" + (",".join(_readable(recipe.name) for recipe in found) or "null")
         seen.append(_joined(override))
     populate(chosen, _combined(seen))
     return seen
+
+
+def _readable(name: str) -> str:
+    return normal_override(f"recipe={name}").partition("=")[2]
 
 
 def _joined(override: str) -> str:
@@ -106,8 +111,8 @@ def load(overrides: Sequence[str], verb: str | None = None, saved_in: Path | Non
     try:
         with initialize(version_base=None, config_path=None):
             config = hydra_compose(ROOT, overrides=words, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error, words) from None
+    except (HydraException, OmegaConfBaseException, ValueError, AssertionError, TypeError, AttributeError) as error:
+        raise explain(error, words) from error
     finally:
         GlobalHydra.instance().hydra = around
     choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
@@ -222,7 +227,7 @@ def resolve(
     try:
         raw: Any = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError("a ${...} in the config cannot be resolved", " ".join(str(error).split())) from None
+        raise unresolved(plain) from error
     file = raw.pop(RECIPE_FILE, None)
     recipe = base or (recipes.find(file) if file else None)
     for slot in DEFAULT_CHOICES:
@@ -263,7 +268,7 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
         for section, cls in SECTIONS.items()
     }
     for key in set(raw) - set(root_knobs()):
-        todo = nearest(key, [*root_knobs(), *DEFAULT_CHOICES, *SECTIONS])
+        todo = suggest(key, str(raw[key]), dict.fromkeys([*root_knobs(), *DEFAULT_CHOICES, *SECTIONS]))
         raise ConfigError(f'there is no key "{key}"', f"{key}={raw[key]}", todo)
     scalars = check_section(raw, root_knobs(), "")
     scalars["recipe"] = recipe.name if recipe else None

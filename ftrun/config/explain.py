@@ -10,16 +10,21 @@ from hydra import compose as hydra_compose
 from hydra import initialize
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ftrun import registry
+from ftrun.config import recipes
+from ftrun.config.grammar import check_key
 from ftrun.config.recipes import DEFAULT_CHOICES
 from ftrun.config.store import ROOT, group_files
+from ftrun.config.words import our_words, wrong_choice
 from ftrun.errors import ConfigError, nearest
 
 CHOICES = ("recipe", *DEFAULT_CHOICES)
+SEVERAL = ("eval", *registry.COMBINED)  # slots that take a list
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -28,15 +33,30 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     for override in overrides:
         try:
             parsed += parser.parse_overrides([override])
-        except HydraException as error:
-            if "=" not in override:
-                raise ConfigError(
-                    f'"{override}" is not of the form key=value', override, "Write it as key=value."
-                ) from None
-            reason = " ".join(str(error).split("See https")[0].split())
-            todo = "Quote values with special characters: 'key=\"a, b\"'."
-            raise ConfigError("an override cannot be read", f"{override}: {reason}", todo) from None
+        except (HydraException, RecursionError, ValueError, AssertionError):
+            key, _, value = override.partition("=")
+            check_key(override)
+            todo = f"Quote the value to make it text: '{key}=\"...\"'. A comma separates values, [a,b] is a list."
+            raise ConfigError(f"the value of {key} cannot be read", f"{key}={value}", todo) from None
+        check_key(override)
+    for override in parsed:
+        _check_named(override)
     return parsed
+
+
+def _check_named(override: Override) -> None:
+    """Raise ConfigError for a choice that is no name, as in quant=0."""
+    slot, line = override.key_or_group, str(override.input_line)
+    if slot not in CHOICES or override.is_delete() or override.is_sweep_override():
+        return
+    value: Any = override.value()
+    for one in value if isinstance(value, list) and slot in SEVERAL else [value]:
+        if isinstance(one, (str, QuotedString)) or (slot == "recipe" and one is None):
+            continue
+        if isinstance(one, (list, dict)):
+            name = one[0] if isinstance(one, list) and len(one) == 1 else "NAME"
+            raise ConfigError(f"{slot} takes one name", line, f"Write {slot}={name}")
+        check_choice(slot, line.partition("=")[2].strip() if one is value else "null" if one is None else one)
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
@@ -60,7 +80,34 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
             wrong = _unknown_key(override, tree)
             if wrong:
                 return wrong
-    return ConfigError("the config cannot be composed", " ".join(str(error).split()))
+    return ConfigError(
+        "these words do not make a config", _culprit(parsed), "Take that part away, or see `ftrun show`."
+    )
+
+
+def _culprit(parsed: Sequence[Override]) -> str:
+    """The override that does not even compose alone; all of them where each does."""
+    lines = [str(override.input_line) for override in parsed]
+    return next((line for line in lines if _tree([line]) is None), " ".join(lines))
+
+
+def unresolved(plain: dict[str, Any]) -> ConfigError:
+    """Which ``${...}`` stands for nothing."""
+    config = OmegaConf.create(plain)
+    where = ""
+    for key in (name for name in flat(plain) if not name.startswith("paper")):
+        try:
+            OmegaConf.select(config, key)
+        except (OmegaConfBaseException, ValueError):
+            where = f"{key}={_leaf(plain, key)}"
+            break
+    return ConfigError("a ${...} in the config stands for nothing", where, "It takes the name of a key, as in ${seed}.")
+
+
+def _leaf(node: Any, key: str) -> Any:
+    for part in key.split("."):
+        node = node[part]
+    return node
 
 
 def slot_taken_away(slot: str) -> ConfigError:
@@ -70,7 +117,11 @@ def slot_taken_away(slot: str) -> ConfigError:
 
 def check_choice(slot: str, name: Any) -> None:
     """Raise ConfigError for a choice that the slot does not have."""
-    if slot in registry.SLOTS:
+    if slot == "recipe":
+        recipes.find(str(name))
+    elif slot in registry.SLOTS:
+        if str(name) not in registry.specs(slot) and registry.JOINT not in str(name):
+            raise wrong_choice(slot, str(name))
         registry.find(slot, str(name))
     elif str(name) not in (known := group_files(slot)):
         todo = f"{nearest(str(name), known)} For one of your own: {slot}.path=..."
@@ -83,7 +134,7 @@ def _tree(choices: list[str]) -> dict[str, Any] | None:
     try:
         with initialize(version_base=None, config_path=None):
             config = hydra_compose(ROOT, overrides=choices)
-    except HydraException:
+    except (HydraException, ValueError, AssertionError, TypeError, AttributeError):
         return None
     return _public(OmegaConf.to_container(config, resolve=False))
 
@@ -105,7 +156,7 @@ def _unknown_key(override: Override, tree: dict[str, Any]) -> ConfigError | None
     node: Any = tree
     for part in parts:
         if not isinstance(node, dict) or part not in node:
-            return ConfigError(f'there is no key "{key}"', line, _suggest(key, tree))
+            return ConfigError(f'there is no key "{key}"', line, suggest(key, line.partition("=")[2], tree))
         node = node[part]
     return None
 
@@ -114,9 +165,13 @@ def _add_evaluator(names: list[str]) -> str:
     return f"Add it: 'eval=[{','.join(names)}]'."
 
 
-def _suggest(key: str, tree: dict[str, Any]) -> str:
-    """The nearest key: the same name in another section, a similar spelling, or a component that has such a knob."""
-    known = list(_flat(tree))
+def suggest(key: str, value: str, tree: dict[str, Any]) -> str:
+    """What to type instead: the word for it here, the same name in another section, a similar spelling, or a component
+    that has such a knob."""
+    ours = our_words(key, value)
+    if ours:
+        return f"Write {ours}"
+    known = list(flat(tree))
     last = key.split(".")[-1]
     same = [name for name in known if name.split(".")[-1] == last]
     elsewhere = [
@@ -135,10 +190,10 @@ def _suggest(key: str, tree: dict[str, Any]) -> str:
     return nearest(last, inside or {name for name in known if "." not in name} | set(tree))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
+def flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
     names: list[str] = []
     for key, value in tree.items():
         if key in registry.SLOTS and not value:
             continue  # its component has no knobs
-        names += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
+        names += flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
     return names

@@ -82,15 +82,16 @@ def _installed() -> list[Path]:
 def find(name: str) -> Recipe:
     """The recipe of a name or of a YAML file; an unknown name is a ConfigError that offers the nearest."""
     if name.endswith((".yaml", ".yml")):
-        file = Path(name)
+        file = Path(name).expanduser()
         if not file.is_file():
             raise ConfigError(f"there is no recipe file {name}", f"recipe={name}", "Check the path.")
         return read(file)
     known = catalogue()
     if name not in known:
-        raise ConfigError(
-            f'there is no recipe "{name}"', f"recipe={name}", f"{nearest(name, known)} See `ftrun recipes`."
-        )
+        close = nearest(name, known)
+        # without a near one it would list them all
+        todo = f"{close} See `ftrun recipes`." if close.startswith("Did you mean") else "`ftrun recipes` lists them."
+        raise ConfigError(f'there is no recipe "{name}"', f"recipe={name}", todo)
     return read(known[name])
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import types
 import typing
 from typing import Any, Literal
 
 from ftrun.errors import ConfigError, nearest
 from ftrun.registry import Knob, type_name
+
+SENTENCES = ("prompt", "system")  # knobs whose text is never the name of a file
 
 
 def check_section(values: Any, knobs: dict[str, Knob], prefix: str, owner: str = "") -> dict[str, Any]:
@@ -24,10 +27,19 @@ def check_section(values: Any, knobs: dict[str, Knob], prefix: str, owner: str =
         if key not in knobs:
             what = f'{owner} has no knob "{key}"' if owner else f'there is no key "{_join(prefix, key)}"'
             raise ConfigError(what, f"{_join(prefix, key)}={values[key]}", nearest(str(key), knobs))
-    return {
-        name: coerce(values[name], knob.type, _join(prefix, name)) if name in values else copy.deepcopy(knob.default)
+    given = {
+        name: coerce(values[name] if name in SENTENCES else _at_home(values[name]), knob.type, _join(prefix, name))
         for name, knob in knobs.items()
+        if name in values
     }
+    return {name: given[name] if name in given else copy.deepcopy(knob.default) for name, knob in knobs.items()}
+
+
+def _at_home(value: Any) -> Any:
+    """``~/`` as the home folder, which no shell does behind an equals sign."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def coerce(value: Any, kind: Any, key: str) -> Any:

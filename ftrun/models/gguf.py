@@ -71,11 +71,11 @@ def _convert(gguf: Path, folder: Path, finish: Callable[[Any, Any], None] | None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ftrun.models.quiet import without_bars
+    from ftrun.models.quiet import without_bars, without_gguf_bar
 
     dtype = torch.float32 if gguf.stat().st_size <= EXACT_BYTES else torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with without_bars():
+    with without_bars(), without_gguf_bar():
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
     # the weights are plain tensors now; these marks would make save_pretrained treat them as quantised
     model.hf_quantizer = None

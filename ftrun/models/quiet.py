@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers.utils import logging
 
@@ -18,3 +20,16 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def without_gguf_bar() -> Iterator[None]:
+    """No "Converting and de-quantizing GGUF tensors", a bar that transformers' own switch leaves on."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    shown: Any = reader.tqdm
+    reader.tqdm = functools.partial(shown, disable=True)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        reader.tqdm = shown

@@ -57,8 +57,23 @@ class Section(NamedTuple):
 # ---- ftrun recipes ----
 
 
-def print_recipes(pattern: str | None, slot: str | None, as_json: bool) -> None:
-    """Print the recipes whose name, components or description match; ``slot`` keeps those that choose something in it."""
+# what a recipe is for: the first slot of these in which it does something of its own
+PURPOSES = {
+    "select rows": ("select", "picker"),
+    "weigh and edit tokens": ("tokens",),
+    "another objective": ("objective",),
+    "adapters and quantisation": ("adapter", "quant"),
+    "measure a model": ("eval",),
+    "all weights": (),
+}
+
+
+def print_recipes(pattern: str | None, slot: str | None, as_json: bool, long: bool = False) -> None:
+    """Print the recipes whose name, components or description match; ``slot`` keeps those that choose something in it.
+
+    One line each, by what they are for; ``long`` and the exact name of a recipe tell more. Raises ConfigError where
+    nothing matches.
+    """
     if slot is not None and slot not in DEFAULT_CHOICES:
         raise ConfigError(f'there is no slot "{slot}"', f"--slot {slot}", nearest(slot, DEFAULT_CHOICES))
     everything = [recipes.read(file) for file in recipes.catalogue().values()]
@@ -70,6 +85,50 @@ def print_recipes(pattern: str | None, slot: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps([describe(recipe) for recipe in found], indent=2, ensure_ascii=False))
         return
+    console = _console()
+    if long:
+        console.print(_long_table(found))
+    elif exact := [recipe for recipe in found if recipe.name == pattern]:
+        _print_head(exact[0], console)
+        _print_names("others that match", [recipe for recipe in found if recipe not in exact], console)
+    else:
+        # a word that is only the name of a component says little: half of all recipes choose lora
+        told = [recipe for recipe in found if _tells(recipe, pattern)] or found
+        _print_groups(told, console)
+        _print_names(f"that use it ({pattern})", [recipe for recipe in found if recipe not in told], console)
+    counted = f"{len(found)} of {len(everything)} recipes." if len(found) != 1 else "1 recipe."
+    console.print(f"\n{counted} ftrun show NAME tells all of one; --long lists components and years.", style="dim")
+
+
+def purpose(recipe: Recipe) -> str:
+    """What a recipe is for, one of PURPOSES."""
+    own = special_choices(recipe)
+    if "adapter" in recipe.choices:
+        own.pop("eval", None)  # it trains, and measures what came of it
+    return next((name for name, slots in PURPOSES.items() if any(slot in own for slot in slots)), "all weights")
+
+
+def _print_groups(found: Sequence[Recipe], console: Console) -> None:
+    """A line each: the name, and as much of the first sentence as fits."""
+    widest = max(len(recipe.name) for recipe in found)
+    for name in PURPOSES:
+        group = [recipe for recipe in found if purpose(recipe) == name]
+        if group:
+            console.print(f"\n[bold]{name}[/]")
+        for recipe in group:
+            line = Text.assemble("  ", (f"{recipe.name:<{widest}}", "cyan"), "  ", first_sentence(recipe.about))
+            line.truncate(min(console.width, DOC_WIDTH), overflow="ellipsis")
+            console.print(line, soft_wrap=True)
+
+
+def _print_names(title: str, found: Sequence[Recipe], console: Console) -> None:
+    if found:
+        names = Text(", ".join(recipe.name for recipe in found))
+        console.print(f"\n[bold]{escape(title)}[/]")
+        console.print(Padding(names, (0, 0, 0, 2)), width=min(console.width, DOC_WIDTH))
+
+
+def _long_table(found: Sequence[Recipe]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("recipe", style="bold", no_wrap=True)
     table.add_column("components", ratio=2)
@@ -80,9 +139,7 @@ def print_recipes(pattern: str | None, slot: str | None, as_json: bool) -> None:
         chosen = " ".join(f"{key}={plain(name)}" for key, name in special_choices(recipe).items())
         year, about = str(recipe.paper.get("year", "")), first_sentence(recipe.about)
         table.add_row(recipe.name, escape(chosen), year, recipe.fidelity, escape(about))
-    console = _console()
-    console.print(table)
-    console.print(f"{len(found)} of {len(everything)} recipes. ftrun show recipe=NAME tells all of one.", style="dim")
+    return table
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
@@ -120,9 +177,14 @@ def _chooses(recipe: Recipe, slot: str) -> bool:
 def _matches(recipe: Recipe, pattern: str | None) -> bool:
     if not pattern:
         return True
-    title = str(recipe.paper.get("title", ""))
-    words = " ".join([recipe.name, recipe.about, title, *(plain(name) for name in recipe.choices.values())]).lower()
-    return fnmatch.fnmatch(recipe.name, pattern) or pattern.lower() in words
+    chosen = " ".join(plain(name) for name in recipe.choices.values()).lower()
+    return _tells(recipe, pattern) or pattern.lower() in chosen
+
+
+def _tells(recipe: Recipe, pattern: str | None) -> bool:
+    """Whether the pattern is in the name, the description or the paper's title."""
+    words = f"{recipe.name} {recipe.about} {recipe.paper.get('title', '')}".lower()
+    return not pattern or fnmatch.fnmatch(recipe.name, pattern) or pattern.lower() in words
 
 
 # ---- ftrun show ----

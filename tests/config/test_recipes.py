@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from composed import as_shipped
 
-from ftrun.cli import normal_override
 from ftrun.config import recipes
 from ftrun.config.compose import load, load_each, recipe_names
+from ftrun.config.grammar import normal_override
 from ftrun.config.recipes import FIDELITIES
 from ftrun.errors import ConfigError
 

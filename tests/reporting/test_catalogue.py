@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from ftrun import registry
 from ftrun.config import recipes
 from ftrun.config.compose import load
 from ftrun.errors import ConfigError
-from ftrun.reporting.catalogue import first_sentence, plain, print_recipes, print_show, sections
+from ftrun.reporting.catalogue import PURPOSES, first_sentence, plain, print_recipes, print_show, sections
 
 MIXED = ["recipe=qlora_sft", "adapter.r=16", "select=superfiltering", "budget=0.25", "data.columns={output: answer}"]
 
@@ -171,7 +172,7 @@ def test_listing_and_showing_import_nothing_heavy() -> None:
     program = """
 import sys
 from ftrun.config.compose import load
-from ftrun.reporting.catalogue import print_recipes, print_show
+from ftrun.reporting.catalogue import PURPOSES, first_sentence, plain, print_recipes, print_show, sections
 print_recipes(None, None, False)
 print_show(load(["recipe=qlora_sft"]), ["recipe=qlora_sft"])
 heavy = {"torch", "transformers", "peft", "datasets", "numpy", "pyarrow"} & set(sys.modules)
@@ -179,3 +180,25 @@ sys.exit(f"imported {heavy}" if heavy else 0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_list_gives_a_line_to_each_by_what_it_is_for(columns, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("ftrun.reporting.catalogue._console", lambda: Console(width=columns))
+    print_recipes(None, None, as_json=False)
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= columns
+    names = [line.split()[0] for line in printed if line.startswith("  ")]
+    assert sorted(names) == sorted(recipes.catalogue())
+    assert [line for line in printed if line in PURPOSES] == list(PURPOSES)
+    assert printed.index("weigh and edit tokens") < next(at for at, line in enumerate(printed) if "neftune " in line)
+
+
+def test_the_list_tells_more_on_request(capsys) -> None:
+    print_recipes("qlora_sft", None, as_json=False)
+    assert "https://arxiv.org/abs/2305.14314" in capsys.readouterr().out
+    print_recipes("lora", None, as_json=False)
+    told, _, use_it = capsys.readouterr().out.partition("that use it (lora)")
+    assert "  lora_sft " in told and "tshirt" not in told and "tshirt" in use_it
+    print_recipes("*lora_sft", None, as_json=False, long=True)
+    assert "reference-checked" in capsys.readouterr().out
