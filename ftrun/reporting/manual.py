@@ -119,10 +119,10 @@ PAGES = {
     ),
 }
 START = {
-    "train": "recipe=qlora_sft data.path=my.jsonl",
-    "select": "recipe=superfiltering budget=0.1",
-    "preview": "recipe=qlora_sft data.path=my.jsonl",
-    "plan": "recipe=qlora_sft",
+    "train": "recipe=NAME data.path=FILE",
+    "select": "recipe=NAME budget=0.1",
+    "preview": "recipe=NAME data.path=FILE",
+    "plan": "recipe=NAME",
     "eval": "run=RUN | model.path=FOLDER",
     "generate": 'run=RUN prompt="..."',
     "merge": "run=RUN",
@@ -148,7 +148,7 @@ def print_help(verb: str | None = None) -> None:
     if verb is None or verb.startswith("-"):
         print("ftrun: fine-tune language models, one recipe a published method\n")
         for name, page in PAGES.items():
-            print(f"  ftrun {name:<8} {START[name]:<36} {page.line}")
+            print(f"  ftrun {name:<8} {START[name]:<28} {page.line}")
         print(FLAGS, end="")
         return
     if verb not in PAGES:
