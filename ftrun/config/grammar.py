@@ -119,7 +119,7 @@ def _element(text: str, is_text: bool) -> str:
         return core
     if is_text and core.startswith("~/"):
         core = os.path.expanduser(core)  # no shell does it behind an equals sign
-    if is_text and (_NUMBER.fullmatch(core) or " " in core and _READABLE.fullmatch(core) and "\\" not in core):
+    if is_text and (_NUMBER.fullmatch(core) or (" " in core and _READABLE.fullmatch(core) and "\\" not in core)):
         return quote(core)
     if _READABLE.fullmatch(core):
         return core

@@ -132,7 +132,8 @@ START = {
 }
 FLAGS = """
 Any key can be set: optim.learning_rate=1e-4 adapter.r=16 train.max_steps=50.
-A slot takes another component: adapter=lisa. `ftrun VERB --help` tells of one verb.
+A slot takes another component: adapter=lisa.
+`ftrun VERB --help` tells of one verb.
 
   -m              sweep over values: ftrun train -m recipe=lora_sft seed=0,1
   --json          print the summary as the last line of standard output
