@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from ftrun.errors import ConfigError
@@ -116,7 +117,9 @@ def _element(text: str, is_text: bool) -> str:
             return "[" + ",".join(_element(part, is_text) for part in _split(core[1:-1])) + "]"
     if re.fullmatch(rf"({FUNCTIONS})\s*\(.*\)", core, re.DOTALL):
         return core
-    if is_text and _NUMBER.fullmatch(core):
+    if is_text and core.startswith("~/"):
+        core = os.path.expanduser(core)  # no shell does it behind an equals sign
+    if is_text and (_NUMBER.fullmatch(core) or (" " in core and _READABLE.fullmatch(core) and "\\" not in core)):
         return quote(core)
     if _READABLE.fullmatch(core):
         return core

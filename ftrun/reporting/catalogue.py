@@ -90,7 +90,8 @@ def print_recipes(pattern: str | None, slot: str | None, as_json: bool, long: bo
         console.print(_long_table(found))
     elif exact := [recipe for recipe in found if recipe.name == pattern]:
         _print_head(exact[0], console)
-        _print_names("others that match", [recipe for recipe in found if recipe not in exact], console)
+        others = [recipe for recipe in found if recipe not in exact and exact[0].name in recipe.name]
+        _print_names("others with this in their name", others, console)
     else:
         # a word that is only the name of a component says little: half of all recipes choose lora
         told = [recipe for recipe in found if _tells(recipe, pattern)] or found
@@ -208,17 +209,19 @@ def print_show(composed: Composed, overrides: list[str]) -> None:
 def _print_head(recipe: Recipe, console: Console) -> None:
     paper = recipe.paper
     console.print(f"[bold]{recipe.name}[/]  {escape(recipe.about)}\n")
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
     if paper:
-        console.print(f"paper     {paper.get('title', '')}", markup=False)
-        console.print(f"          {paper.get('authors', '')} ({paper.get('year', '')})  {link(paper)}", markup=False)
-    console.print(f"fidelity  {recipe.fidelity}", markup=False)
-    console.print("differs   " + ("in nothing known" if not recipe.differences else ""), markup=False)
-    for difference in recipe.differences:
-        console.print(f"          - {difference}", markup=False)
-    console.print("run it", markup=False)
-    for command in recipe.usage:
-        console.print(f"          {command}", markup=False, style="green")
-    console.print(f"file      {recipe.file}", markup=False)
+        facts.add_row("paper", Text(str(paper.get("title", ""))))
+        facts.add_row("", Text(f"{paper.get('authors', '')} ({paper.get('year', '')})  {link(paper)}"))
+    facts.add_row("fidelity", recipe.fidelity)
+    for at, difference in enumerate(recipe.differences or ["in nothing known"]):
+        facts.add_row("" if at else "differs", Text(f"- {difference}" if recipe.differences else difference))
+    for at, command in enumerate(recipe.usage):
+        facts.add_row("" if at else "run it", Text(command, style="green"))
+    facts.add_row("file", str(recipe.file))
+    console.print(facts)
 
 
 def _knob_table(values: Sequence[Value]) -> Table:

@@ -119,10 +119,10 @@ PAGES = {
     ),
 }
 START = {
-    "train": "recipe=qlora_sft data.path=my.jsonl",
-    "select": "recipe=superfiltering budget=0.1",
-    "preview": "recipe=qlora_sft data.path=my.jsonl",
-    "plan": "recipe=qlora_sft",
+    "train": "recipe=NAME data.path=FILE",
+    "select": "recipe=NAME budget=0.1",
+    "preview": "recipe=NAME data.path=FILE",
+    "plan": "recipe=NAME",
     "eval": "run=RUN | model.path=FOLDER",
     "generate": 'run=RUN prompt="..."',
     "merge": "run=RUN",
@@ -132,7 +132,8 @@ START = {
 }
 FLAGS = """
 Any key can be set: optim.learning_rate=1e-4 adapter.r=16 train.max_steps=50.
-A slot takes another component: adapter=lisa. `ftrun VERB --help` tells of one verb.
+A slot takes another component: adapter=lisa.
+`ftrun VERB --help` tells of one verb.
 
   -m              sweep over values: ftrun train -m recipe=lora_sft seed=0,1
   --json          print the summary as the last line of standard output
@@ -148,7 +149,7 @@ def print_help(verb: str | None = None) -> None:
     if verb is None or verb.startswith("-"):
         print("ftrun: fine-tune language models, one recipe a published method\n")
         for name, page in PAGES.items():
-            print(f"  ftrun {name:<8} {START[name]:<36} {page.line}")
+            print(f"  ftrun {name:<8} {START[name]:<28} {page.line}")
         print(FLAGS, end="")
         return
     if verb not in PAGES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 
@@ -31,7 +32,8 @@ def arrives(word: str):
 @pytest.mark.parametrize(
     ("word", "value"),
     [
-        ("data.path=~/a.jsonl", "~/a.jsonl"),
+        ("run=~/a b", os.path.expanduser("~/a b")),
+        ("eval.lm_eval.tasks=[~/a.yaml]", ["~/a.yaml"]),  # left to the checking of the config
         ("model.path=/home/josé/m", "/home/josé/m"),
         ("data.path=/a b/c(1)=x;y&z#!.jsonl", "/a b/c(1)=x;y&z#!.jsonl"),
         ("data.path=100%@x+y.jsonl", "100%@x+y.jsonl"),

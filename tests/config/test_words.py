@@ -128,5 +128,5 @@ def test_help_lists_every_verb(capsys):
     printed = capsys.readouterr().out
     assert set(PAGES) == {*cli.HYDRA_VERBS, *cli.PLAIN_VERBS}
     assert all(f"ftrun {verb}" in printed for verb in PAGES)
-    assert max(map(len, printed.splitlines())) <= 100
+    assert max(map(len, printed.splitlines())) <= 80
     assert cli.entry(["help", "trian"]) == 2
