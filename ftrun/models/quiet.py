@@ -25,10 +25,11 @@ def without_bars() -> Iterator[None]:
 @contextmanager
 def without_gguf_bar() -> Iterator[None]:
     """No "Converting and de-quantizing GGUF tensors", a bar that transformers' own switch leaves on."""
-    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers import modeling_gguf_pytorch_utils
 
-    shown: Any = reader.tqdm
-    reader.tqdm = functools.partial(shown, disable=True)  # type: ignore[assignment]
+    reader: Any = modeling_gguf_pytorch_utils
+    shown = reader.tqdm
+    reader.tqdm = functools.partial(shown, disable=True)
     try:
         yield
     finally:

@@ -123,7 +123,7 @@ START = {
     "select": "recipe=NAME budget=0.1",
     "preview": "recipe=NAME data.path=FILE",
     "plan": "recipe=NAME",
-    "eval": "run=RUN | model.path=FOLDER",
+    "eval": "run=RUN | model.path=DIR",
     "generate": 'run=RUN prompt="..."',
     "merge": "run=RUN",
     "recipes": "[PATTERN] [--slot SLOT]",
@@ -149,7 +149,7 @@ def print_help(verb: str | None = None) -> None:
     if verb is None or verb.startswith("-"):
         print("ftrun: fine-tune language models, one recipe a published method\n")
         for name, page in PAGES.items():
-            print(f"  ftrun {name:<8} {START[name]:<28} {page.line}")
+            print(f"  ftrun {name:<8} {START[name]:<26} {page.line}")
         print(FLAGS, end="")
         return
     if verb not in PAGES:
