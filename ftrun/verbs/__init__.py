@@ -119,12 +119,13 @@ def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str,
 
 def _run_processes(verb: str, settings: Settings, overrides: list[str]) -> dict[str, Any]:
     """Start the processes with the same overrides and one run folder, and hand their outcome on."""
+    from ftrun.config.grammar import quote
     from ftrun.runs.artifacts import new_run_folder
     from ftrun.training import launch
 
     out = settings.resume or settings.out or str(new_run_folder(settings.recipe, settings.as_dict()))
     words = [word for word in overrides if not word.startswith("out=")]
-    pinned = words if settings.resume else [*words, f"out='{out}'"]
+    pinned = words if settings.resume else [*words, f"out={quote(out)}"]
     launch.spawn(["-m", "ftrun", verb, *pinned], settings.launch)
     summary: dict[str, Any] = json.loads((Path(out) / "summary.json").read_text())
     return summary
