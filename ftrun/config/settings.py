@@ -46,7 +46,9 @@ class DataConfig:
     heldout_limit: int = 200  # at most this many held-out rows are evaluated
     limit: int | None = None  # use only the first rows of the source
     max_length: int | None = None  # longest row, in tokens; null: what the model can attend to, at most 2048
-    unfit: Literal["error", "drop"] = "error"  # rows that cannot be trained, an empty answer for one: refuse, or leave out
+    unfit: Literal["error", "drop"] = (
+        "error"  # rows that cannot be trained, an empty answer for one: refuse, or leave out
+    )
     overlong: Literal["auto", "error", "drop", "truncate"] = "auto"  # auto: split texts; drop others, error above 1%
     train_on: Literal["responses", "last_response", "all"] = "responses"  # which tokens carry loss in a conversation
     system: str | None = None  # system prompt for rows that have none
