@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -81,11 +82,19 @@ def case(request):
     return request.param, registry.build("adapter", slot_name, knobs)
 
 
+@pytest.fixture(scope="module")
+def starts():
+    """Adapters and models after attaching, by case: some starts take seconds."""
+    return {}
+
+
 @pytest.fixture
-def attached(case, fresh, context):
+def attached(case, fresh, context, starts):
     name, adapter = case
-    model = fresh()
-    return name, adapter, adapter.attach(model, context(model))
+    if name not in starts:
+        model = fresh()
+        starts[name] = adapter, adapter.attach(model, context(model))
+    return name, *copy.deepcopy(starts[name])
 
 
 def test_starts_as_the_base(attached, fresh, logits):

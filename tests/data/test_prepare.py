@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,27 +255,38 @@ def test_progress_is_told(ready, rows):
     assert "tokenising" in text.getvalue()
 
 
-def test_real_rows(tokenizer, tmp_path):
-    path = Path(__file__).parents[3] / "shared" / "data" / "mixed_pool.jsonl"
-    if not path.exists():
-        pytest.skip("the development rows are not on this machine")
-    config = DataConfig(path=str(path), max_length=2048, limit=200)
+RESPONSES = [
+    "yes",
+    "def f(x):\n    return x  # café\n",
+    "1. one\n2. two\n\n**three**",
+    "ご飯 🙂",
+    '{"a": [1, 2]}',
+    "  two  spaces ",
+]
+
+
+def test_what_is_trained_reads_as_the_response(tokenizer, tmp_path):
+    """Code, lists, other scripts, emoji and spaces at the ends; but for rows that were cut, down to the character."""
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {
+            "instruction": RESPONSES[(i + 1) % 6] * (1 + i % 4),
+            "input": RESPONSES[i % 5] if i % 2 else "",
+            "output": RESPONSES[i % 6] * (1 + i % 7),
+        }
+        for i in range(42)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(path=str(file), max_length=160, overlong="truncate")
     pool = load_pool(config, tmp_path / "work", 0)
-    prepared = prepare(
-        pool,
-        tokenizer,
-        replace(config, overlong="truncate"),
-        context_length=2048,
-        vocab_size=len(tokenizer),
-        folder=tmp_path / "tokens",
-    )
-    for index in range(0, len(prepared.table), 20):
+    size = {"context_length": 2048, "vocab_size": len(tokenizer)}
+    prepared = prepare(pool, tokenizer, config, **size, folder=tmp_path / "tokens")
+    assert 0 < len(prepared.truncated) < 21
+    for index in range(len(prepared.table)):
         sequence = prepared.table.sequence(index)
         if sequence.record not in prepared.truncated:
-            assert (
-                tokenizer.decode(sequence.input_ids[sequence.loss_weight > 0])
-                == pool[sequence.record].response + "<|im_end|>"
-            )
+            trained = tokenizer.decode(sequence.input_ids[sequence.loss_weight > 0])
+            assert trained == pool[sequence.record].response + "<|im_end|>"
 
 
 # ---- long texts ----
