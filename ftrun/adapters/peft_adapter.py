@@ -99,7 +99,8 @@ class PeftAdapter(Adapter):
 
     def save(self, model: Any, folder: Path) -> Path:
         # False: with "auto" peft asks the hub for the base's vocabulary
-        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        with _named_after(model.get_base_model(), model.peft_config["default"]):
+            model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         _name_base_in_card(folder / "adapter" / "README.md", model.peft_config["default"])
         return folder / "adapter"
 
@@ -182,6 +183,16 @@ def base_of(model: Any) -> tuple[str, str | None]:
 def name_base(config: PeftConfig, model: Any) -> None:
     """Say in an adapter's config what it belongs to."""
     config.base_model_name_or_path, config.revision = base_of(model)
+
+
+@contextmanager
+def _named_after(base: Any, config: PeftConfig) -> Iterator[None]:
+    """peft tags a model card with the folder that the base was read from: inside, the base goes by its name."""
+    folder, base.name_or_path = base.name_or_path, config.base_model_name_or_path
+    try:
+        yield
+    finally:
+        base.name_or_path = folder
 
 
 def _name_base_in_card(card: Path, config: PeftConfig) -> None:

@@ -78,7 +78,7 @@ def test_merge_gives_the_same_model(finished, tiny_dir, rows_file, tmp_path):
         (["lora", "modules_to_save=[embed_tokens]"], False),
         (["lora", "modules_to_save=[lm_head]"], False),
         (["lora", "trainable_token_indices=[5,6,7]"], True),
-        (["lora", "target_modules=[lm_head]", "use_dora=true"], False),
+        (["lora", "target_modules=[lm_head]", "use_rslora=true"], False),
         (["ia3", "target_modules=[k_proj,lm_head]", "feedforward_modules=[]"], False),
         (["lora"], True),
     ],
@@ -192,9 +192,12 @@ def test_plan_counts_what_trains(recipe, tiny_dir, rows_file, tmp_path):
     assert planned["stages"]["train"]["memory_bytes"] > 0
 
 
+ALL_ROWS = ("data.heldout=0", "stages=[select,train]")  # plan counts the rows that training has: here all 24
+
+
 def test_plan_counts_the_passes_of_the_scorer(tiny_dir, rows_file):
     """Superfiltering reads a row with its prompt and without; a random choice reads nothing."""
-    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "data.max_length=128", "budget=6"]
+    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "data.max_length=128", *ALL_ROWS, "budget=6"]
     scored, drawn = (
         ftrun.run("plan", name, words)["stages"]["select"]["tokens"] for name in ("superfiltering", "random")
     )
@@ -296,7 +299,7 @@ def test_a_selection_is_kept_under_what_it_ran_on(rows_file, tmp_path, tiny_dir,
 )
 def test_plan_counts_what_the_selection_trains(recipe, knobs, trained, steps, tiny_dir, rows_file):
     """Of dac_iter the rounds before the last, each on all rows so far: 4 rows, then 8, twice each."""
-    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "data.max_length=128", "budget=12", *knobs]
+    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "data.max_length=128", *ALL_ROWS, "budget=12", *knobs]
     stages = ftrun.run("plan", recipe, words)["stages"]
     mean = stages["train"]["tokens"] / (stages["train"]["steps"] * 16)  # of the first rows of the table
     found = stages["select training"]
@@ -314,7 +317,7 @@ def test_what_does_not_train_takes_quantised_weights(quant, tiny_dir, rows_file,
         asked = [*words, "eval=[heldout]", f"quant={name}", f"out={tmp_path / name}"]
         losses.append(ftrun.run("eval", overrides=asked)["metrics"]["heldout"]["loss"])
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
-    ftrun.run("generate", overrides=[*words, f"quant={quant}", "prompt=what is 1"])
+    ftrun.run("generate", overrides=[words[0], words[2], f"quant={quant}", "prompt=what is 1"])
     ftrun.run("select", "random", [*words, f"quant={quant}", "budget=4", f"out={tmp_path / 'select'}"])
     for verb in ("train", "plan", "preview"):
         with pytest.raises(ConfigError, match="trains all base weights"):
@@ -324,6 +327,7 @@ def test_what_does_not_train_takes_quantised_weights(quant, tiny_dir, rows_file,
 def test_packing_that_nobody_asked_for_refuses_nothing(tiny_dir, rows_file, tmp_path):
     """What else is in a batch decides how 8-bit layers round their inputs: rows stay apart, in scoring too."""
     words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "model.dtype=float32", "quant=int8", *QUICK]
+    words += ["quant.threshold=0.1"]  # a small model has no large features
     asked = [*words, "select=superfiltering", "budget=6", "stages=[select,train]", "train.max_steps=1"]
     assert ftrun.run("train", "lora_sft", [*asked, f"out={tmp_path / 'a'}"])["steps"] == 1
     with pytest.raises(ConfigError, match="mixes the documents"):
