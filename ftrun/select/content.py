@@ -181,7 +181,7 @@ class Content:
 
     def _names(self, label: np.ndarray) -> list[str]:
         """The words that are common in a cluster and rare elsewhere, a line each."""
-        looked_at = self.sampled[:NAMING]
+        looked_at = self.sampled[label[self.sampled] >= 0][:NAMING]
         inside: dict[int, Counter[str]] = {}
         overall: Counter[str] = Counter()
         for place, text in zip(looked_at.tolist(), self._texts(looked_at), strict=True):

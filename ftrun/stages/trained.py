@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ftrun.config.saved import load_settings
 from ftrun.config.settings import Settings
 from ftrun.data.render import apply_template
 from ftrun.errors import ConfigError
@@ -29,7 +30,7 @@ def load_trained(run: Path, settings: Settings, device: torch.device, full_preci
 
     Raises ConfigError when the run has saved no model.
     """
-    check_trained(run, settings)
+    check_trained(run)
     quant = build("quant", "none") if full_precision else settings.component("quant")
     bundle = load_bundle(
         settings.model, task=settings.task, quant=quant, device=device, labels=len(labels_of(run)) or None
@@ -42,12 +43,12 @@ def load_trained(run: Path, settings: Settings, device: torch.device, full_preci
     return bundle
 
 
-def check_trained(run: Path, settings: Settings) -> None:
+def check_trained(run: Path) -> None:
     """Raise ConfigError when the run has saved no model."""
     if (run / "adapter").is_dir() or (run / "model").is_dir():
         return
     ended = f"The run did not finish: continue it with ftrun train resume={run}."
-    if settings.stages == ["select"]:
+    if load_settings(run)[1].stages == ["select"]:
         ended = "It only selected: train with `ftrun train`, and give the folder of that run."
     raise ConfigError(f"{run} holds no trained model", f"run={run}", ended)
 

@@ -62,7 +62,7 @@ def _evaluate_model(settings: Settings, named: Collection[str]) -> dict[str, Any
 
 def _evaluate_run(settings: Settings, named: Collection[str]) -> dict[str, Any]:
     run, own = load_settings(settings.run)
-    check_trained(run, own)
+    check_trained(run)
     ctx = plain_context(settings, run)
     with RunLock(Path(settings.out) if settings.out else run), StopSignals() as signals:
         chain = Chain(ctx, Composed(settings, None), [], signals)

@@ -192,7 +192,7 @@ def test_a_budget_cuts_the_clusters_in_proportion(vectors, scores, context):
 
 
 def test_code_ifd_picks_by_share():
-    assert isinstance(Own().of(CodeIfd()), ClusterShare)
+    assert isinstance(Own().stands_for(CodeIfd()), ClusterShare)
 
 
 # ---- deft_ucs ----

@@ -63,7 +63,7 @@ def test_threshold_needs_a_bound(table, context):
 
 
 def test_own_is_the_scorers_picker(table, context):
-    assert isinstance(Own().of(Ifd()), TopK)
+    assert isinstance(Own().stands_for(Ifd()), TopK)
     assert pick(Own(), table, context(select="ifd"), Budget(rows=3)) == [1, 2, 4]
 
 

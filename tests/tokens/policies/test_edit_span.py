@@ -65,16 +65,16 @@ def test_rows_without_a_source_are_left_out_and_counted(context, tmp_path):
         ("", "the quick fox", 0),
     ],
 )
-def test_answers_are_applied_and_never_fail(answer, text, refused, edited, bundle):
+def test_answers_are_applied_and_never_fail(answer, text, refused, edited, bundle, monkeypatch):
     from ftrun.data.render import Renderer
-    from ftrun.evaluation.answering import stop_ids
+    from ftrun.models.generation import Writer, stop_ids
 
     ctx, pool = edited
     ctx.heldout = pool.subset([0])
     evaluator = EditSpans(rows=1)
     stops = stop_ids(bundle, Renderer(bundle.tokenizer))
     ids = [*bundle.tokenizer(answer, add_special_tokens=False)["input_ids"], stops[-1]]
-    evaluator.generate = lambda *_: [ids]  # type: ignore[method-assign]
+    monkeypatch.setattr(Writer, "generate", lambda *_: [ids])
     found = evaluator.evaluate(bundle, ctx)
     [row] = found.predictions
     assert (row["output"], row["refused"]) == (text, refused)

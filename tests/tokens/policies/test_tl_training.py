@@ -53,6 +53,7 @@ def ready(bundle, context, tmp_path):
 
     def make(policy: TlTraining):
         ctx = context("tl_training")
+        ctx.settings.data.ignore = ["tools"]  # the template takes none; the policy reads them from the row
         pool = edit_rows(policy, cast(Any, dialogues()), ctx)
         knobs = {"context_length": 512, "vocab_size": len(bundle.tokenizer), "folder": tmp_path / "tokens"}
         return ctx, prepare(pool, bundle.tokenizer, replace(ctx.settings.data, max_length=512), **knobs).table
@@ -168,6 +169,7 @@ def test_a_call_is_found_where_the_template_strips_it_and_letters_are_many_token
 
 def test_no_call_at_all_is_said(bundle, context, tmp_path):
     policy, ctx = TlTraining(), context("tl_training")
+    ctx.settings.data.ignore = ["tools"]
     pool = edit_rows(policy, cast(Any, [record(0, ("user", "what"), ("assistant", "the dog"))]), ctx)
     knobs = {"context_length": 512, "vocab_size": len(bundle.tokenizer), "folder": tmp_path / "tokens"}
     table = prepare(pool, bundle.tokenizer, replace(ctx.settings.data, max_length=512), **knobs).table
