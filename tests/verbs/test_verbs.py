@@ -299,7 +299,7 @@ def test_a_selection_is_kept_under_what_it_ran_on(rows_file, tmp_path, tiny_dir,
 )
 def test_plan_counts_what_the_selection_trains(recipe, knobs, trained, steps, tiny_dir, rows_file):
     """Of dac_iter the rounds before the last, each on all rows so far: 4 rows, then 8, twice each."""
-    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "data.max_length=128", *ALL_ROWS, "budget=12", *knobs]
+    words = [f"model.path={tiny_dir}", f"data.path={rows_file}", "data.max_length=128", "budget=12", *knobs, *ALL_ROWS]
     stages = ftrun.run("plan", recipe, words)["stages"]
     mean = stages["train"]["tokens"] / (stages["train"]["steps"] * 16)  # of the first rows of the table
     found = stages["select training"]
