@@ -53,12 +53,15 @@ class Rows:
             self.report.note(note)
         return pool
 
-    def training(self) -> Pool:
-        """The rows to train on: read, checked, and the held-out rows put aside. Raises DataError, ConfigError."""
+    def training(self, evaluates: bool = True) -> Pool:
+        """The rows to train on: read, checked, and the held-out rows put aside. Raises DataError, ConfigError.
+
+        A verb that only looks (not ``evaluates``) is told that evaluators would have no rows, and goes on.
+        """
         pool = self.read()
         self.check_kind(pool)
         self.ctx.facts["data"] = pool.fingerprint
-        return pool if self.settings.stages == ["select"] else self.split(pool)
+        return pool if self.settings.stages == ["select"] else self.split(pool, evaluates)
 
     def check_kind(self, pool: Pool) -> None:
         """Refuse rows that neither the objective nor the token policy takes. Raises DataError."""
@@ -84,7 +87,7 @@ class Rows:
             return f"tokens={self.settings.choice('tokens')} works"
         return f"{self.settings.choice('objective')} trains"
 
-    def split(self, pool: Pool) -> Pool:
+    def split(self, pool: Pool, evaluates: bool = True) -> Pool:
         """Put the held-out rows aside; returns the rest."""
         train, heldout = train_and_heldout(pool, self.settings.data, self.work, self.settings.seed)
         for note in train.notes[len(pool.notes) :]:
@@ -93,8 +96,12 @@ class Rows:
         self.report.note(f"{len(train):,} rows to train on, {len(heldout):,} held out")
         if not len(heldout) and "eval" in self.settings.stages:  # said now, not after hours of training
             for evaluator in self.settings.evaluators():
-                if evaluator.asks_heldout:
-                    raise nothing_held_out(evaluator.name, self.ctx)
+                if not evaluator.asks_heldout:
+                    continue
+                error = nothing_held_out(evaluator.name, self.ctx)
+                if evaluates:
+                    raise error
+                self.report.warn(f"train would refuse this: {error.what}. {error.todo}")
         return train
 
     def edit(self, pool: Pool, load_model: Callable[[], None]) -> Pool:

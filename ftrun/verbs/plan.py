@@ -52,7 +52,7 @@ def _estimated(composed: Composed, scratch: Path) -> dict[str, Any]:
     settings = composed.settings
     ctx = plain_context(settings, scratch)
     chain = Chain(ctx, composed, [], StopSignals())
-    train_pool = chain.rows.training()
+    train_pool = chain.rows.training(evaluates=False)
     chain.check_budget(train_pool)
     prepared = chain.rows.tokenise(train_pool)
     table = prepared.table

@@ -35,7 +35,7 @@ def preview(composed: Composed, html: bool) -> dict[str, Any]:
         raise ConfigError("out is the folder of the page, and none was asked for", f"out={settings.out}", "Add --html.")
     with tempfile.TemporaryDirectory(prefix="ftrun-preview-") as scratch:
         chain = Chain(plain_context(settings, Path(scratch)), composed, [], StopSignals())
-        train_pool = chain.rows.training()
+        train_pool = chain.rows.training(evaluates=False)
         chain.check_budget(train_pool)
         train_pool = chain.rows.edit(train_pool, chain.load_model)
         prepared = chain.rows.tokenise(train_pool)

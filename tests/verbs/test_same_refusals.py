@@ -54,7 +54,6 @@ def same(errors: list[FtrunError]) -> FtrunError:
     ("rows", "words", "kind", "said"),
     [
         *((rows, [], DataError, f"these are {kind} rows") for kind, rows in OTHERS.items()),
-        (SFT, ["data.heldout=0"], ConfigError, "none were held out"),
         (SFT[:1], ["data.heldout=0.999999"], FtrunError, "held out"),
         (SFT, ["data.split=test"], DataError, "data.split=test chooses nothing"),
         (SFT, ["data.max_length=4"], DataError, "longer than data.max_length=4"),
@@ -68,6 +67,15 @@ def test_refused_alike(rows, words, kind, said, tiny_dir, tmp_path):
     assert isinstance(error, kind) and said in error.what
     if "binary rows" in error.what:
         assert "No objective reads" in error.todo and "recipe=dpo" in error.todo
+
+
+def test_rows_without_held_out_ones_can_be_looked_at(tiny_dir, tmp_path, capsys):
+    """What only evaluation lacks does not hide the rows, and is said."""
+    words = ["recipe=lora_sft", f"model.path={tiny_dir}", f"data.path={rows_in(tmp_path, SFT)}", "data.heldout=0"]
+    for act in (lambda: preview(load(words), html=False), lambda: plan(load(words))):
+        assert act()["rows"] == len(SFT)
+        said = " ".join(capsys.readouterr().err.split())
+        assert "train would refuse this: eval=heldout has no rows: none were held out." in said
 
 
 def test_a_split_of_a_folder_and_rows_left_out_are_told_alike(tiny_dir, tmp_path, capsys):
