@@ -30,11 +30,11 @@ class Int8(Quant):
     def load_arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         from transformers import BitsAndBytesConfig
 
+        # it says on every product that inputs are cast to float16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.threshold)}
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        # it says on every product that inputs are cast to float16
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return freeze_for_training(model)
 
     def bits(self) -> float:
