@@ -61,7 +61,8 @@ _BY_NAME = {
     r"weight_decay|eps|temperature": NOT_NEGATIVE,
     r"beta[12]|(.*_)?dropout|label_smoothing": BELOW_ONE,
     r"(.*_)?r|lora_alpha": POSITIVE,
-    r"(.*_)?epochs": POSITIVE,
+    r"epochs": POSITIVE,
+    r".+_epochs": NOT_NEGATIVE,  # of a part that may be left out
     r"(.*_)?(batch_size|batch_tokens|batches|max_steps|max_new_tokens|iterations|rounds|restarts|clusters)": COUNT,
     r"max_length|copies|heads|masks|seeds|shots|num_virtual_tokens|candidates|probes|rollouts|interval": COUNT,
     r"(.*_)?share|(fim|replace)_rate": SHARE,
