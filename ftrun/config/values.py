@@ -58,13 +58,13 @@ POSITIVE, BELOW_ONE = Bounds(0, above=True), Bounds(0, 1, below=True)
 # what the standard names of the field mean, whichever component has them; its own bounds are its own matter
 _BY_NAME = {
     r"(.*_)?learning_rate|learner_rate": NOT_NEGATIVE,
-    r"weight_decay|eps|temperature": NOT_NEGATIVE,
+    r"weight_decay|eps|temperature|shots": NOT_NEGATIVE,
     r"beta[12]|(.*_)?dropout|label_smoothing": BELOW_ONE,
     r"(.*_)?r|lora_alpha": POSITIVE,
     r"epochs": POSITIVE,
     r".+_epochs": NOT_NEGATIVE,  # of a part that may be left out
     r"(.*_)?(batch_size|batch_tokens|batches|max_steps|max_new_tokens|iterations|rounds|restarts|clusters)": COUNT,
-    r"max_length|copies|heads|masks|seeds|shots|num_virtual_tokens|candidates|probes|rollouts|interval": COUNT,
+    r"max_length|copies|heads|masks|seeds|num_virtual_tokens|candidates|probes|rollouts|interval": COUNT,
     r"(.*_)?share|(fim|replace)_rate": SHARE,
 }
 _BY_SLOT = {

@@ -14,7 +14,7 @@ from ftrun.config.settings import Settings
 from ftrun.data.render import apply_template
 from ftrun.errors import ConfigError
 from ftrun.models.bundle import Bundle
-from ftrun.models.load import load_bundle
+from ftrun.models.load import load_bundle, resolve_dtype
 from ftrun.models.precision import mix
 from ftrun.models.quiet import without_bars
 from ftrun.registry import build
@@ -66,10 +66,13 @@ def plain_context(settings: Settings, out: Path) -> Context:
     return Context(settings, out, team, Reporter(rank=team.rank))
 
 
-def merge_run(run: Path, settings: Settings, device: torch.device, target: Path | None = None) -> Path:
+def merge_run(
+    run: Path, settings: Settings, device: torch.device, target: Path | None = None, dtype: str = "auto"
+) -> Path:
     """Merge into the full-precision base, for merging into 4 bits would round what was learnt; model/ that is there stays.
 
-    ``target``: where to write instead of model/ of the run.
+    ``target``: where to write instead of model/ of the run. ``dtype``: of the weights that are written, where somebody
+    asks for one; what was trained would lose small changes in bfloat16.
     """
     target = target or run / "model"
     if target == run / "model" and target.is_dir():
@@ -78,6 +81,8 @@ def merge_run(run: Path, settings: Settings, device: torch.device, target: Path 
         settings = replace(settings, model=replace(settings.model, dtype="float32"))
     bundle = load_trained(run, settings, device, full_precision=True)
     merged: Any = settings.component("adapter").merge(bundle.model)
+    if dtype != "auto":
+        merged = merged.to(resolve_dtype(dtype, device))
     with whole_folder(target) as folder:
         with without_bars():
             merged.save_pretrained(folder)

@@ -24,6 +24,7 @@ def merge(composed: Composed, overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(
             f"{target} is there already", f"model.dtype={settings.model.dtype}", "Write another one with out=DIR."
         )
-    folder = merge_run(run, settings, plain_context(settings, run).team.device, target)
+    dtype = settings.model.dtype if "model.dtype" in keys.named(overrides) else "auto"
+    folder = merge_run(run, settings, plain_context(settings, run).team.device, target, dtype)
     print(folder)
     return {"model": str(folder), "out": str(folder)}
