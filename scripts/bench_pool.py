@@ -100,6 +100,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_model(folder / "model")
+        make_pool(folder / "pool.jsonl", 100)  # the demo's model is converted once, which is not what is measured
+        measure(["recipe=random", "budget=10", f"data.path={folder / 'pool.jsonl'}", f"out={folder / 'first'}"], folder)
         for size in options.sizes:
             make_pool(folder / "pool.jsonl", size)
             for name in options.recipes:
