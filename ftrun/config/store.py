@@ -38,7 +38,7 @@ def populate(chosen: Recipe | Sequence[Recipe] = (), combined: Sequence[tuple[st
     store = ConfigStore.instance()
     # Hydra copies the whole store every time it composes, though it copies what it loads from it besides: a quarter of
     # the time, and more with every method
-    store.__dict__["__deepcopy__"] = lambda memo: store
+    store.__deepcopy__ = lambda memo: store  # type: ignore[attr-defined]
     store.repo.pop("_block", None)  # an earlier composition's
     _store_components(tuple(id(registry.specs(slot)) for slot in registry.SLOTS))
     for slot, name in together:

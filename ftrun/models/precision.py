@@ -81,7 +81,7 @@ def _set(modules: list[Any], dtype: torch.dtype | None) -> None:
             module.__class__ = type(module).__mro__[2]  # type: ignore[assignment]  # the plain class
             del module.products
         if dtype is not None:
-            module.__class__ = _subclass(type(module))
+            module.__class__ = _subclass(type(module))  # type: ignore
             module.products = dtype
 
 
