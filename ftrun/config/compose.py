@@ -275,7 +275,7 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
     settings = Settings(**scalars, **sections, slots=slots, eval=evaluators, select=shared, tokens=tokens)
     at_work = capabilities.slots_at_work(verb, settings.stages)
     capabilities.check_mix([spec for spec in specs if spec.slot in at_work])
-    check_values(settings)
+    check_values(settings, trains="optim" in at_work)
     return settings
 
 

@@ -61,7 +61,7 @@ _BY_NAME = {
     r"weight_decay|eps|temperature|shots": NOT_NEGATIVE,
     r"beta[12]|(.*_)?dropout|label_smoothing": BELOW_ONE,
     r"(.*_)?r|lora_alpha": POSITIVE,
-    r"epochs": POSITIVE,
+    r"(warmup_)?epochs": POSITIVE,
     r".+_epochs": NOT_NEGATIVE,  # of a part that may be left out
     r"(.*_)?(batch_size|batch_tokens|batches|max_steps|max_new_tokens|iterations|rounds|restarts|clusters)": COUNT,
     r"max_length|copies|heads|masks|seeds|num_virtual_tokens|candidates|probes|rollouts|interval": COUNT,
@@ -99,8 +99,8 @@ def _check_numbers(slot: str, knobs: Mapping[str, Any], prefix: str) -> None:
             raise ConfigError(f"{key} must be a share or a whole number, not {value}", f"{key}={value}", todo)
 
 
-def check_values(settings: Settings) -> None:
-    """Raise ConfigError for a number out of its range, or keys that contradict each other."""
+def check_values(settings: Settings, trains: bool = True) -> None:
+    """Raise ConfigError for a number out of its range, or keys that contradict each other where the command ``trains``."""
     for section, names in _POSITIVE.items():
         for name in names:
             value = getattr(getattr(settings, section), name)
@@ -120,6 +120,13 @@ def check_values(settings: Settings) -> None:
             "train.load_best needs a checkpoint at every evaluation",
             f"train.eval_steps={train.eval_steps} train.save_steps={train.save_steps}",
             "Make train.eval_steps a multiple of train.save_steps.",
+        )
+    processes = settings.launch.processes * settings.launch.nodes
+    if trains and train.batch_size < processes:
+        raise ConfigError(
+            f"{processes} processes cannot share a step of {train.batch_size} rows",
+            f"train.batch_size={train.batch_size}",
+            f"Raise it to at least {processes}.",
         )
     if not 0 <= settings.launch.node_rank < settings.launch.nodes:
         rank = settings.launch.node_rank
