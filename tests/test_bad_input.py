@@ -17,6 +17,8 @@ import warm_processes
 
 from ftrun import cli
 
+pytestmark = pytest.mark.slow  # whole runs, one after the other
+
 QUICK = ["eval=[]", "data.heldout=0", "data.max_length=128", "train.batch_size=4", "train.max_steps=3"]
 RECORD = {".lock", "config.yaml", "ftrun.log", "identity.json", "lock.json", "report.html", "summary.json"}
 GOOD = {"instruction": "what is 1 plus 1", "output": "answers: 2"}

@@ -26,6 +26,8 @@ from ftrun.objectives.heads.future_heads import FutureHeads, watched_layers
 from ftrun.objectives.sft import Sft
 from ftrun.training.view import StepView
 
+pytestmark = pytest.mark.slow  # whole runs, one after the other
+
 QUICK = ["eval=[]", "data.heldout=0", "data.max_length=256", "train.batch_size=4", "train.max_steps=4"]
 
 

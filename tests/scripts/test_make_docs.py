@@ -15,6 +15,8 @@ from ftrun.config import recipes
 sys.path.insert(0, str(registry.PACKAGE.parent / "scripts"))
 import make_docs
 
+pytestmark = pytest.mark.slow  # whole runs, one after the other
+
 
 @pytest.fixture(scope="module")
 def made() -> dict[Path, str]:

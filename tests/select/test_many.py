@@ -15,6 +15,8 @@ from ftrun.errors import ConfigError
 from ftrun.stages.many import agreed
 from ftrun.training.scoring import Scoring
 
+pytestmark = pytest.mark.slow  # whole runs, one after the other
+
 FILES = ("scores.parquet", "selected.jsonl", "lengths.parquet", "audit.parquet", "summary.json", "config.yaml")
 
 

@@ -12,6 +12,8 @@ import ftrun
 from ftrun import cli
 from ftrun.errors import ConfigError
 
+pytestmark = pytest.mark.slow  # whole runs, one after the other
+
 WORDS = [
     "data.heldout=0.2",
     "data.max_length=128",

@@ -13,6 +13,8 @@ from ftrun.errors import ConfigError, DataError, FtrunError
 from ftrun.verbs.plan import plan
 from ftrun.verbs.preview import preview
 
+pytestmark = pytest.mark.slow  # whole runs, one after the other
+
 SFT = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(40)]
 OTHERS = {
     "pairs": [{"prompt": f"q {n}", "chosen": "good", "rejected": "bad"} for n in range(4)],

@@ -16,6 +16,8 @@ from ftrun.models import source
 from ftrun.models.load import resolve_dtype
 from ftrun.runs import code
 
+pytestmark = pytest.mark.slow  # whole runs, one after the other
+
 QUICK = [
     "data.heldout=0.2",
     "data.max_length=128",
