@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ftrun.training.context import Context
 
 
+LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "error", "bits_per", "ece", "brier", "latency", "mse", "mae")
+
+
 @dataclass
 class Metric:
     value: float
@@ -55,9 +58,6 @@ def nothing_held_out(evaluator: str, ctx: Context) -> ConfigError:
         f"data.heldout={ctx.settings.data.heldout:g}",
         "Raise data.heldout, set data.heldout_path, or leave out this evaluator.",
     )
-
-
-LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "error", "bits_per", "ece", "brier", "latency", "mse", "mae")
 
 
 def higher_is_better(metric: str) -> bool:

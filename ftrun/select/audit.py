@@ -12,6 +12,8 @@ from ftrun.select.base import Budget, Table
 from ftrun.select.content import Content
 
 STORED_VALUES = 50_000_000  # numbers of embeddings that a run folder keeps, 100 MB; more are not stored
+EACH = 10  # rows of a group
+AUDITED = 20  # rows of a group on the page of the selection alone
 REASONS, ROWS_A_REASON = 8, 10  # rows without a score whose text is kept
 
 
@@ -69,12 +71,6 @@ def rows_to_keep(table: Table, column: str, rank: np.ndarray) -> np.ndarray:
     common = sorted(by_reason.values(), key=lambda places: -len(places))[:REASONS]
     groups += [np.array(places[:ROWS_A_REASON], np.int64) for places in common]
     return np.unique(np.concatenate(groups))
-
-
-EACH = 10  # rows of a group
-
-
-AUDITED = 20  # rows of a group on the page of the selection alone
 
 
 def example_rows(
