@@ -188,6 +188,16 @@ def one_thread():
     warm_processes.use_one_thread()
 
 
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """Two processes of one group, for command lines that two processes carry out."""
+    from pair import Pair
+
+    both = Pair(tmp_path_factory.mktemp("pair"))
+    yield both
+    both.close()
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """Stage outputs and tokenised data of tests stay apart from the user's; converted models are shared."""
@@ -230,6 +240,12 @@ def labels_file(tmp_path) -> Path:
         for i in range(24)
     ]
     return write_rows(tmp_path / "labels.jsonl", rows)
+
+
+@pytest.fixture
+def rows_for(rows_file, pairs_file, text_file, labels_file) -> dict[str, Path]:
+    """A file of rows of each kind."""
+    return {"sft": rows_file, "pairs": pairs_file, "text": text_file, "labels": labels_file}
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,10 @@ class CaftMtp(TokenLoss):
     They are thrown away in the end.
     """
 
-    needs: ClassVar[dict[str, str]] = {"trainable_base": "trains copies of a layer of the base weights"}
+    needs: ClassVar[dict[str, str]] = {
+        "trainable_base": "trains copies of a layer of the base weights",
+        "whole_weights": "trains its heads on the model before the adapter is there",
+    }
 
     heads: int = 4  # tokens predicted beyond the next one (n)
     weight: float = 0.01  # of the heads' losses (c)

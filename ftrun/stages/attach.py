@@ -56,6 +56,7 @@ def load_model(ctx: Context, labels: int | None, whole: bool = True) -> None:
 
 def _load(ctx: Context, labels: int | None) -> None:
     settings = ctx.settings
+    torch.manual_seed(settings.seed)  # a classifier's head is drawn, and must not depend on what was drawn before
     _warn_of_large_weights(ctx)
     with (
         ctx.report.task("loading the model", None),

@@ -18,7 +18,7 @@ from ftrun.training.loop import Reference, Trainer
 from ftrun.training.parts import Attached, Minimised, Weighing
 from ftrun.training.precision import settle_precision
 from ftrun.training.strategies.base import Strategy
-from ftrun.training.strategies.ddp import Ddp
+from ftrun.training.strategies.ddp import whole_copies
 
 
 def set_up(
@@ -42,7 +42,7 @@ def set_up(
     ``original``: the frozen copy behind ``reference``, where there is one; ``strategy``: how processes share a step,
     by default with a whole copy in each. Raises ConfigError when no parameter would train.
     """
-    strategy = strategy or (Ddp(ctx.team) if ctx.team.world_size > 1 else Strategy(ctx.team))
+    strategy = strategy or whole_copies(ctx.team)
     parts: dict[str, nn.Module] = {} if original is None else {"original": original}
     if adapter is not ctx.adapter:  # else it came with the model
         bundle.model = adapter.attach(bundle.model, ctx)

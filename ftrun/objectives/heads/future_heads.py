@@ -29,6 +29,7 @@ from ftrun.training import checkpoint
 from ftrun.training.loop import Trainer
 from ftrun.training.parts import Loss
 from ftrun.training.signals import StopSignals
+from ftrun.training.strategies.ddp import whole_copies
 from ftrun.training.view import StepView
 
 if TYPE_CHECKING:
@@ -177,6 +178,8 @@ class HeadTraining:
         )
         parameters = dict(heads.named_parameters())
         with _frozen(bundle.model), seeded(ctx.seed):
+            strategy = whole_copies(ctx.team)
+            strategy.place({"heads": heads, "model": bundle.model}, [])
             trainer = Trainer(
                 ctx=replace(ctx, settings=replace(ctx.settings, train=train)),
                 bundle=bundle,
@@ -189,6 +192,7 @@ class HeadTraining:
                 ),
                 schedule=registry.build("schedule", "linear", {"warmup": 0.0}),
                 parameters=parameters,
+                strategy=strategy,
                 evaluate=None,
                 title="training the heads",
             )

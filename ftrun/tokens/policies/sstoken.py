@@ -42,7 +42,10 @@ class SsToken(TokenPolicy):
     layer: int = -1  # decoder layer whose attention counts; negative from the end
     warmup_samples: float = 0.2  # rows trained with gamma=0 first: a share of the run's, or from 1 on their number
 
-    needs: ClassVar[dict[str, str]] = {"token_loss": "leaves tokens out of the loss"}
+    needs: ClassVar[dict[str, str]] = {
+        "token_loss": "leaves tokens out of the loss",
+        "whole_weights": "computes the attention of one layer once more, apart from the others",
+    }
     remembers: ClassVar[bool] = True
     dynamic: ClassVar[bool] = True
     whole_step: ClassVar[bool] = True

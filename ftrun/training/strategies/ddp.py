@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ftrun.training.distributed import Team
 from ftrun.training.gradients import backward
 from ftrun.training.strategies.base import Strategy
 
@@ -55,3 +56,8 @@ def _sum(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]
     """The sum, not the mean: a loss is divided by what the whole step counts."""
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
+
+
+def whole_copies(team: Team) -> Strategy:
+    """The strategy in which every process has a whole copy of what it trains."""
+    return Ddp(team) if team.world_size > 1 else Strategy(team)
