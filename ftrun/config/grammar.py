@@ -21,6 +21,15 @@ TEXT_KEYS = (
     "data.system",
     "select.model.path",
     "tokens.from",
+    "cluster",
+    "cluster.account",
+    "cluster.constraint",
+    "cluster.mem",
+    "cluster.partition",
+    "cluster.qos",
+    "cluster.sbatch",
+    "cluster.setup",
+    "cluster.time",
 )
 FREE_TEXT = ("prompt", "data.system")  # sentences: a comma separates nothing, ${...} stands for nothing
 RENAMED = {"select.scorer": "select", "select.picker": "picker", "select/picker": "picker"}

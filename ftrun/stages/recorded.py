@@ -22,12 +22,12 @@ from ftrun.reporting.terminal import results_table
 from ftrun.runs import lockfile, memory
 from ftrun.runs.artifacts import RunLock, full_disk_guard, new_run_folder, write_json, write_text
 from ftrun.runs.progress import Reporter
+from ftrun.runs.state import holds_work
 from ftrun.training.context import Context
 from ftrun.training.distributed import Team
 from ftrun.training.loop import Trainer
 from ftrun.training.signals import StopSignals, error_for
 
-OUTPUTS = ("selection", "train", "eval", "adapter", "model")  # what a run computes, as against what it says of itself
 SPARE, SPARE_BYTES = ".spare", 1 << 16  # given up at the end, so that a full disk has room for how the run ended
 # settings that may differ between a run and its continuation: they do not change what is computed
 FREE_ON_RESUME = {"out", "resume", "launch", "stages", "eval", "prompt"}
@@ -65,18 +65,6 @@ def run_folder(settings: Settings) -> Path:
             )
         return folder
     return Path(settings.out) if settings.out else new_run_folder(settings.recipe, settings.as_dict())
-
-
-def holds_work(folder: Path) -> bool:
-    """Whether a run has left results here; one that was refused before it computed anything leaves only its record."""
-    if any((folder / name).exists() for name in OUTPUTS):
-        return True
-    try:
-        return json.loads((folder / "summary.json").read_text())["status"] != "failed"
-    except FileNotFoundError:
-        return False
-    except (ValueError, KeyError):
-        return True
 
 
 class RecordedRun:
