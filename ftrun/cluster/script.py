@@ -136,8 +136,7 @@ def _meeting(cluster: ClusterConfig) -> list[str]:
         'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         'address=$(scontrol show node --oneliner "$first" | sed -E "s/.* NodeAddr=([^ ]+).*/\\1/")',
         f"port=$(({FIRST_PORT} + (SLURM_JOB_ID + 1009 * ${{SLURM_RESTART_COUNT:-0}}) % {PORTS}))",
-        f"command+=(launch.nodes={cluster.nodes} launch.processes={processes}"
-        ' "launch.address=$address" "launch.port=$port")',
+        f'command+=(launch.nodes={cluster.nodes} launch.processes={processes} "launch.rendezvous=$address:$port")',
     ]
 
 
@@ -146,11 +145,8 @@ def _step(job: Job, cluster: ClusterConfig) -> list[str]:
     cores = _cores(cluster)
     given = f" --cpus-per-task={cores}" if cores else ""  # srun does not take it over from sbatch
     several = f" --wait={STRAGGLER_SECONDS}" if cluster.nodes > 1 else ""
-    command = '"${command[@]}"'
-    if cluster.nodes > 1:
-        command = "bash -c 'exec \"$@\" launch.node_rank=$SLURM_NODEID' agent " + command
     return [
-        f"srun{given}{several} {command} &",
+        f'srun{given}{several} "${{command[@]}}" &',
         "step=$!",
         '[[ -z $leaving ]] || kill -USR1 "$step"',
         'while kill -0 "$step" 2>/dev/null; do wait "$step"; done',

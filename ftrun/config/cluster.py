@@ -21,9 +21,6 @@ SECTION = "cluster"
 MANAGED = {
     "launch.processes": "cluster.processes, or cluster.gpus_per_node for one process a GPU",
     "launch.nodes": "cluster.nodes",
-    "launch.node_rank": "",
-    "launch.address": "",
-    "launch.port": "",
     "launch.rendezvous": "",
 }  # keys that the job sets -> what to write instead
 # as Slurm reads a time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]

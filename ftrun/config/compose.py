@@ -30,6 +30,7 @@ from ftrun.config.settings import (
     TokensConfig,
     root_knobs,
     section_knobs,
+    section_of,
     shared_select_knobs,
     shared_tokens_knobs,
 )
@@ -269,8 +270,8 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
     evaluators = _evaluators(_section(raw, "eval"), recipe)
     specs += [registry.find("eval", name) for name, _ in evaluators]
     sections = {
-        section: cls(**check_section(raw.pop(section, {}), section_knobs(section), section))
-        for section, cls in SECTIONS.items()
+        section: section_of(section, check_section(raw.pop(section, {}), section_knobs(section), section))
+        for section in SECTIONS
     }
     for key in set(raw) - set(root_knobs()):
         todo = suggest(key, str(raw[key]), dict.fromkeys([*root_knobs(), *DEFAULT_CHOICES, *SECTIONS]))

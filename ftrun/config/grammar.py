@@ -21,6 +21,7 @@ TEXT_KEYS = (
     "data.system",
     "select.model.path",
     "tokens.from",
+    "launch.rendezvous",
     "cluster",
     "cluster.account",
     "cluster.constraint",

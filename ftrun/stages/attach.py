@@ -115,6 +115,7 @@ def attach(
         schedule=settings.component("schedule"),
         evaluate=evaluate,
         reference=_reference(adapter, original, ctx) if objective.uses_reference else None,
+        original=original,
     )
 
 

@@ -80,25 +80,6 @@ class Team:
             for tensor in tensors:
                 dist.broadcast(tensor.data, src=0)
 
-    def sum_gradients(self, parameters: list[torch.nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
-        """Add up the gradients of all processes in place; a parameter without a gradient anywhere stays without one."""
-        if self.world_size == 1:
-            return
-        have = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
-        used = [p for p, count in zip(parameters, self.sum(have).tolist(), strict=True) if count > 0]
-        bucket: list[torch.nn.Parameter] = []
-        size = 0
-        for parameter in used:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            bucket.append(parameter)
-            size += parameter.grad.numel() * parameter.grad.element_size()
-            if size >= bucket_bytes:
-                _sum_bucket(bucket)
-                bucket, size = [], 0
-        if bucket:
-            _sum_bucket(bucket)
-
     def lost_another(self, error: Exception) -> bool:
         """Whether ``error`` only says that another process is gone."""
         words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
@@ -112,17 +93,3 @@ class Team:
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _sum_bucket(parameters: list[torch.nn.Parameter]) -> None:
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        assert parameter.grad is not None
-        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        at = 0
-        for gradient in gradients:
-            gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
-            at += gradient.numel()

@@ -22,7 +22,7 @@ from ftrun.runs.progress import Reporter
 from ftrun.runs.state import holds_work
 from ftrun.verbs import CHAIN_VERBS, check_command, check_together
 
-PORT = 29500  # stands for the one that the job chooses, while the command is checked here
+MEETING = "localhost:29500"  # stands for the place that the job finds, while the command is checked here
 
 
 def submit(verb: str | None, overrides: Sequence[str], typed: Sequence[str], sweeps: bool) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _checked(verb: str, words: Sequence[str], cluster: ClusterConfig, sweeps: bo
     """The settings of one run, checked as the verb would; raises ConfigError as it would."""
     launch = [f"launch.processes={processes_of(cluster)}"]
     if cluster.nodes > 1:
-        launch += [f"launch.nodes={cluster.nodes}", f"launch.port={PORT}"]
+        launch += [f"launch.nodes={cluster.nodes}", f"launch.rendezvous={MEETING}"]
     if verb == "select" and not sweeps and len(compose.recipe_names(words)) > 1:
         return check_together(compose.load_each([*words, *launch]))
     composed = compose.load([*words, *launch], verb)

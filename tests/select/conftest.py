@@ -37,9 +37,6 @@ class Alone:
     def broadcast_(self, tensors: list[torch.Tensor]) -> None:
         return
 
-    def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        return
-
     def gather_object(self, value: Any) -> list[Any]:
         return [value]
 
