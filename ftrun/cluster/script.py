@@ -49,7 +49,7 @@ def render(job: Job, cluster: ClusterConfig) -> str:
         [f"#SBATCH {line}" for line in options(job, cluster)],
         ["# the time limit is near: the run saves, leaves with 143, and the job queues itself again", *TRAPS],
         [f"export FTRUN_RECIPES={shlex.quote(job.recipes)}"] if job.recipes else [],
-        ["# setup", *cluster.setup] if cluster.setup else [],
+        ["# setup", "set -e", *cluster.setup, "set +e"] if cluster.setup else [],
         _command(job),
         _meeting(cluster),
         _step(job, cluster),

@@ -16,6 +16,7 @@ from typing import Any
 OUTPUTS = ("selection", "train", "eval", "adapter", "model")  # what a run computes, as against what it says of itself
 SILENT_SECONDS = 900.0  # a run on another machine that has written nothing for so long is not said to run
 LOG_LINES = 8
+STAMP = len("2026-01-31 12:00:00")
 _BEGAN = re.compile(r"^(\S+ \S+)  .*: ([\d,]+)/([\d,]+) steps$", re.MULTILINE)
 
 
@@ -57,7 +58,7 @@ def read_state(folder: Path, lines: int = LOG_LINES) -> RunState:
     found = RunState(str(folder), recipe=_json(folder / "identity.json").get("recipe"))
     summary = _json(folder / "summary.json")
     log = _text(folder / "ftrun.log")
-    found.log = [line for line in log.splitlines() if line.strip()][-lines:]
+    found.log = [line for line in log.splitlines() if line[STAMP:].strip()][-lines:]
     latest = _last_line(folder / "train" / "metrics.jsonl")
     found.step, found.loss = latest.get("step", 0), latest.get("loss")
     begun = list(_BEGAN.finditer(log))

@@ -206,7 +206,7 @@ def _one(one: Told) -> None:
     """All that is known of one run, a line each, and the end of its log."""
     report = Reporter()
     for name, value in _facts(one):
-        report.show(Text.assemble((f"{name:<6}", "dim"), value))
+        report.show(Text.assemble((f"{name:<8}", "dim"), value))
     if one.run.error:
         report.show(Text(one.run.error, "yellow"))
     for line in one.run.log:
