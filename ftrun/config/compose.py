@@ -280,7 +280,9 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
     scalars["recipe"] = recipe.name if recipe else None
     settings = Settings(**scalars, **sections, slots=slots, eval=evaluators, select=shared, tokens=tokens)
     at_work = capabilities.slots_at_work(verb, settings.stages)
-    capabilities.check_mix([spec for spec in specs if spec.slot in at_work])
+    working = [spec for spec in specs if spec.slot in at_work]
+    capabilities.check_mix(working)
+    capabilities.check_strategy(working, settings.launch.strategy)
     check_values(settings, trains="optim" in at_work)
     return settings
 
