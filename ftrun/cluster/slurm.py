@@ -33,14 +33,18 @@ class Queued:
         return self.state not in (*WAITING, *AT_WORK)
 
 
-def submit(script: Path) -> str:
-    """Hand a script to sbatch; returns the job's id.
-
-    Raises ConfigError where Slurm is not on this machine or refuses the job, ComponentError where it does not answer.
-    """
+def require() -> None:
+    """Raise ConfigError where Slurm is not on this machine."""
     if not shutil.which("sbatch"):
         todo = "Submit on a machine of the cluster, or see the script with cluster.dry_run=true."
         raise ConfigError("there is no Slurm on this machine: sbatch is not installed", "cluster=slurm", todo)
+
+
+def submit(script: Path) -> str:
+    """Hand a script to sbatch; returns the job's id.
+
+    Raises ConfigError where Slurm refuses the job, ComponentError where it does not answer.
+    """
     answer = _ask(["sbatch", "--parsable", str(script)])
     if answer.returncode:
         raise ConfigError(f"Slurm refuses the job: {_complaint(answer)}", str(script), "Mend the cluster section.")

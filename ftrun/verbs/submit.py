@@ -16,7 +16,7 @@ from ftrun.config import compose
 from ftrun.config.cluster import ClusterConfig, processes_of, read_cluster, without_cluster
 from ftrun.config.explain import parse
 from ftrun.config.settings import Settings
-from ftrun.errors import ConfigError
+from ftrun.errors import ConfigError, FtrunError
 from ftrun.runs.artifacts import new_run_folder, write_text
 from ftrun.runs.progress import Reporter
 from ftrun.runs.state import holds_work
@@ -54,6 +54,7 @@ def submit(verb: str | None, overrides: Sequence[str], typed: Sequence[str], swe
     result: dict[str, Any] = {"job": None, "out": str(whole), "runs": [member.out for member in members]}
     if cluster.dry_run:
         return result | {"script": script}
+    slurm.require()
     for member in members:
         _check_free(member)
     return result | _hand_over(job, script, jobs)
@@ -126,7 +127,11 @@ def _hand_over(job: Job, script: str, jobs: Sequence[list[str]]) -> dict[str, An
     """Write the script, submit it, and write down which job works where."""
     file = job.folder / "job.sh"
     write_text(file, script)
-    number = slurm.submit(file)
+    try:
+        number = slurm.submit(file)
+    except FtrunError:
+        _take_back(file)
+        raise
     runs = [
         Run(f"{number}_{at}" if job.sweeps else number, member.out, _changes(jobs, at) if job.sweeps else [])
         for at, member in enumerate(job.members)
@@ -141,6 +146,14 @@ def _hand_over(job: Job, script: str, jobs: Sequence[list[str]]) -> dict[str, An
         report.note(f"... and {len(runs) - 20} more")
     report.note(f"ftrun status {number} tells how it goes; ftrun cancel {number} ends it")
     return {"job": number, "script": str(file)}
+
+
+def _take_back(script: Path) -> None:
+    """Of a job that was refused, leave nothing: the script, and its folders where they were made for it."""
+    script.unlink()
+    for folder in (script.parent, script.parent.parent):
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _changes(jobs: Sequence[list[str]], at: int) -> list[str]:
