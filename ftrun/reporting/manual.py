@@ -105,9 +105,9 @@ PAGES = {
         "values; docs/cluster.md has files for machines without Slurm.",
         tuple(f"cluster.{name}" for name in cluster_knobs()),
         (
-            "ftrun submit train recipe=lora_sft data.path=my.jsonl cluster.gpus_per_node=8 cluster.time=04:00:00",
-            "ftrun submit train recipe=lora_sft cluster.nodes=2 cluster.gpus_per_node=8 cluster.dry_run=true",
-            "ftrun submit -m train recipe=lora_sft optim.learning_rate=1e-4,3e-4 cluster=site.yaml",
+            "ftrun submit train recipe=lora_sft data.path=my.jsonl cluster.gpus_per_node=8",
+            "ftrun submit train recipe=lora_sft cluster.nodes=2 cluster.time=04:00:00 cluster.dry_run=true",
+            "ftrun submit -m train recipe=lora_sft seed=0,1,2 cluster=site.yaml",
         ),
     ),
     "status": Page(
