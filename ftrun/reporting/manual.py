@@ -98,7 +98,7 @@ PAGES = {
         ("ftrun merge run=RUN",),
     ),
     "submit": Page(
-        "the same command as a job of a cluster",
+        "the same command as a job",
         "Checks the command here, and submits it to Slurm: one agent a machine starts the processes there, and they meet "
         "by themselves. Before the time limit the run saves, the job queues itself again, and the run goes on; so it "
         "does when it is preempted or a machine fails. A sweep becomes one array. cluster=FILE.yaml holds a site's own "

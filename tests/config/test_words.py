@@ -8,6 +8,7 @@ import pytest
 
 from ftrun import cli, registry
 from ftrun.config import compose, recipes
+from ftrun.config.cluster import is_cluster_word
 from ftrun.config.words import CHOICES, KEYS, SWITCHES, our_choice, our_words
 from ftrun.reporting.manual import PAGES, describe_key
 
