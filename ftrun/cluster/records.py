@@ -73,7 +73,8 @@ def known() -> Iterator[Submitted]:
 def _read(file: Path) -> Submitted | None:
     try:
         plain: dict[str, Any] = json.loads(file.read_text())
-        return Submitted(**(plain | {"runs": [Run(**run) for run in plain["runs"]]}))
+        runs = [Run(**run) for run in plain.pop("runs")]
+        return Submitted(**plain, runs=runs)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

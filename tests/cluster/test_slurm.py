@@ -140,17 +140,6 @@ def read_status(capsys, *words: str) -> list[dict]:
     return json.loads(capsys.readouterr().out)["runs"]
 
 
-def test_two_nodes(testbed, submit, capsys):
-    """One agent a node; together they train what one process does."""
-    job = submit("out=two", "cluster.nodes=2")
-    facts = testbed.wait_for(job, *OVER)
-    log = Path(f"two/cluster/slurm-{job}.out").read_text()
-    assert (facts["JobState"], facts["NodeList"]) == ("COMPLETED", "n[1-2]"), log
-    assert_undisturbed("two", tolerance=1e-5)
-    (found,) = read_status(capsys, job)
-    assert (found["state"], found["step"], found["steps"], found["out"]) == ("done", STEPS, STEPS, "two")
-
-
 def test_preempted_then_out_of_time(testbed, submit, capsys):
     """Slurm's own requeue, and ours before the time limit: the same job, the same folder, the same weights."""
     job = submit("out=stopped", "cluster.signal_seconds=175")
@@ -188,10 +177,12 @@ def pending(pid: int) -> int:
     return int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16)  # type: ignore[index]
 
 
-def test_a_killed_node(testbed, submit):
-    """Slurm gives the node up and queues the job again; with the node back, the run goes on."""
+def test_two_nodes_of_which_one_is_killed(testbed, submit, capsys):
+    """One agent a node: together they train what one process does. When Slurm has given a node up, it queues the job again;
+    with the node back, the run goes on."""
     job = submit("out=lost", "cluster.nodes=2")
     wait_for_step("lost", 60)
+    assert testbed.facts(job)["NodeList"] == "n[1-2]"
     kill_node(testbed.folder, job, "n2")
     testbed.wait_for(job, "PENDING")
     subprocess.run([SCRIPT, "node", testbed.folder, "n2"], check=True, timeout=30)
@@ -200,6 +191,8 @@ def test_a_killed_node(testbed, submit):
     log = Path(f"lost/cluster/slurm-{job}.out").read_text()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
     assert_undisturbed("lost", tolerance=1e-5)
+    (found,) = read_status(capsys, job)
+    assert (found["state"], found["step"], found["steps"], found["out"]) == ("done", STEPS, STEPS, "lost")
 
 
 def kill_node(folder: Path, job: str, node: str) -> None:
