@@ -24,6 +24,7 @@ from ftrun.runs.artifacts import RunLock, full_disk_guard, new_run_folder, write
 from ftrun.runs.progress import Reporter
 from ftrun.training.context import Context
 from ftrun.training.distributed import Team
+from ftrun.training.launch import starts_again
 from ftrun.training.loop import Trainer
 from ftrun.training.signals import StopSignals, error_for
 from ftrun.training.strategies.choice import choose
@@ -40,6 +41,8 @@ def carry_out(settings: Settings, make: Callable[[Context, StopSignals], Recorde
     """Carry out a run with all that surrounds it: seeds, run folder and its lock, processes, signals."""
     torch.manual_seed(settings.seed)
     np.random.seed(settings.seed % 2**32)  # libraries below us may draw from it
+    if starts_again() and settings.out and (Path(settings.out) / "config.yaml").exists():
+        settings.resume = settings.out  # of the group that lost a process; without a checkpoint it begins anew
     out = run_folder(settings)
     team = Team(settings.launch, settings.train.trackers, str(out))
     report = Reporter(rank=team.rank)
