@@ -50,7 +50,7 @@ def test_its_variables_become_those_of_torch(variables, address, port):
 
 @pytest.mark.parametrize("variables", [TORCHRUN, SRUN, OPEN_MPI], ids=["torchrun", "srun", "mpirun"])
 def test_another_number_than_was_asked_for_is_refused(variables):
-    with pytest.raises(ConfigError, match="2 processes were asked for, .* has started 4"):
+    with pytest.raises(ConfigError, match=r"2 processes were asked for, .* has started 4"):
         join(LaunchConfig(processes=2), {"launch.processes"}, dict(variables))
     join(LaunchConfig(processes=4), {"launch.processes"}, dict(variables) | MEETS)
 
