@@ -75,6 +75,13 @@ def leave_error(error: FtrunError) -> bool:
     return True
 
 
+def end_now(error: FtrunError) -> None:
+    """End this process with an error although it cannot be interrupted."""
+    if not leave_error(error) and not error.secondary:
+        print(f"ftrun: {error}", file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
+
+
 def error_class(code: int) -> type[FtrunError]:
     """The error that an exit code stands for."""
     kinds: list[type[FtrunError]] = [
