@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,9 @@ class Agent(SimpleElasticAgent):
         """Run to the end and return the run's folder. Raises the error of the process that failed first."""
         log = logging.getLogger("torch.distributed.elastic")
         level = log.level
-        log.setLevel(logging.CRITICAL)  # what went wrong is ours to say
+        log.setLevel(
+            logging.INFO if os.environ.get("FTRUN_DEBUG") else logging.CRITICAL
+        )  # what went wrong is ours to say
         try:
             result = self.run()
         finally:
@@ -202,8 +203,12 @@ class Agent(SimpleElasticAgent):
 
     def _hear_why(self, store: Any) -> None:
         """What another machine says of the end, if it was one that ended the run."""
+        deadline = time.monotonic() + HEARD_SECONDS
         try:
-            store.wait([ENDED], timedelta(seconds=HEARD_SECONDS))
+            while not store.check([ENDED]):  # after a wait that timed out, torch's store answers no more
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.1)
             said = json.loads(store.get(ENDED))
         except (RuntimeError, OSError, RendezvousConnectionError):
             return  # nothing was said: that machine is lost, or its workers start again as ours do

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 import uuid
@@ -80,6 +81,8 @@ class Meeting(RendezvousHandler):
             return True  # the machine that held it has left first
 
     def _enter(self, deadline: float) -> RendezvousHandler:
+        # torch shares one store between all rounds, and then tells a machine that comes back of none
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         left = max(1, int(deadline - time.monotonic()))
         last: RendezvousConnectionError | None = None
         for holds in (True, False) if self._is_here() else (False,):

@@ -33,7 +33,9 @@ sys.exit(cli.entry(["train"]) or 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hang", ["time.sleep(60)", "time.sleep(1); os.kill(os.getpid(), signal.SIGSTOP)"], ids=["waits", "stopped"])
+@pytest.mark.parametrize(
+    "hang", ["time.sleep(60)", "time.sleep(1); os.kill(os.getpid(), signal.SIGSTOP)"], ids=["waits", "stopped"]
+)
 def test_a_hung_process_is_named(hang, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "LOST_SECONDS", 0.5)
     file = tmp_path / "met"
