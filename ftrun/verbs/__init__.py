@@ -99,11 +99,14 @@ def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -
 
 def run_together(methods: Sequence[Composed], overrides: Sequence[str]) -> dict[str, Any]:
     """Select by several recipes in one run. Raises FtrunError."""
+    from ftrun.config import keys
     from ftrun.runs.artifacts import new_run_folder
     from ftrun.training import launch
+    from ftrun.training.foreign import join
 
     settings = check_together(methods)
     settings.out = settings.out or settings.resume or str(new_run_folder("several", settings.as_dict()))
+    join(settings.launch, keys.named(overrides))
     if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
         return _run_processes("select", settings, list(overrides))
     from ftrun.stages.many import select_together
@@ -112,15 +115,17 @@ def run_together(methods: Sequence[Composed], overrides: Sequence[str]) -> dict[
 
 
 def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str, Any]:
+    from ftrun.config import keys
     from ftrun.training import launch
+    from ftrun.training.foreign import join
 
     settings = composed.settings
     if verb == "train" and settings.resume and settings.stages == ["select"]:
-        from ftrun.config import keys
         from ftrun.config.settings import RootConfig
 
         if not keys.names(keys.named(overrides), "stages"):
             settings.stages = RootConfig().stages  # the selection of `ftrun select` is trained on
+    join(settings.launch, keys.named(overrides))
     if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
         return _run_processes(verb, settings, overrides)
     from ftrun.stages.chain import run
@@ -130,13 +135,11 @@ def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str,
 
 def _run_processes(verb: str, settings: Settings, overrides: list[str]) -> dict[str, Any]:
     """Start the processes with the same overrides and one run folder, and hand their outcome on."""
-    from ftrun.config.grammar import quote
     from ftrun.runs.artifacts import new_run_folder
     from ftrun.training import launch
 
-    out = settings.resume or settings.out or str(new_run_folder(settings.recipe, settings.as_dict()))
     words = [word for word in overrides if not word.startswith("out=")]
-    pinned = words if settings.resume else [*words, f"out={quote(out)}"]
-    launch.spawn(["-m", "ftrun", verb, *pinned], settings.launch)
-    summary: dict[str, Any] = json.loads((Path(out) / "summary.json").read_text())
+    fresh = None if settings.resume else settings.out or str(new_run_folder(settings.recipe, settings.as_dict()))
+    out = launch.spawn(["-m", "ftrun", verb, *words], settings.launch, fresh) or settings.resume
+    summary: dict[str, Any] = json.loads((Path(str(out)) / "summary.json").read_text())
     return summary
