@@ -15,6 +15,8 @@ from ftrun.quiet import hush
 
 HYDRA_VERBS = ("train", "select", "eval", "preview", "plan", "generate", "merge", "show")
 PLAIN_VERBS = ("recipes", "doctor")
+JOB_VERBS = ("submit", "status", "cancel")
+VERBS = (*HYDRA_VERBS, *PLAIN_VERBS, *JOB_VERBS)
 OWN_FLAGS = ("--json", "--html", "--long")
 FLAGS_WITH_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
@@ -36,6 +38,7 @@ class CommandLine:
     long: bool = False
     slot: str | None = None
     rest: list[str] = field(default_factory=list)  # words that are neither (recipes PATTERN)
+    typed: list[str] = field(default_factory=list)  # all words behind the verb
 
     @property
     def sweep(self) -> bool:
@@ -119,12 +122,9 @@ def parse(argv: Sequence[str]) -> CommandLine:
     if at is None:
         raise ConfigError("no verb given", " ".join(words), "See `ftrun --help`.")
     line = CommandLine(words.pop(at))
-    if line.verb not in (*HYDRA_VERBS, *PLAIN_VERBS):
-        raise ConfigError(
-            f'there is no verb "{line.verb}"',
-            f"ftrun {' '.join(argv)}",
-            nearest(line.verb, (*HYDRA_VERBS, *PLAIN_VERBS)),
-        )
+    if line.verb not in VERBS:
+        raise ConfigError(f'there is no verb "{line.verb}"', f"ftrun {' '.join(argv)}", nearest(line.verb, VERBS))
+    line.typed = list(words)
     while words:
         word = words.pop(0)
         if word.startswith("-"):
@@ -170,6 +170,8 @@ def dispatch(line: CommandLine) -> int:
         return 0
     if line.verb in PLAIN_VERBS:
         return _plain_verb(line)
+    if line.verb in JOB_VERBS:
+        return _job_verb(line)
     if line.verb == "select" and line.rest == ["explain"]:
         from ftrun.verbs.explain import explain
 
@@ -194,6 +196,8 @@ def dispatch(line: CommandLine) -> int:
 
         _print_result(line, run_together(compose.load_each(line.overrides), line.overrides))
         return 0
+    if line.verb == "show":
+        return _show(line)
     composed = compose.load(line.overrides, line.verb)
     _print_result(line, execute(line.verb, composed, line))
     return 0
@@ -225,6 +229,55 @@ def _plain_verb(line: CommandLine) -> int:
     from ftrun.reporting.doctor import print_doctor
 
     print_doctor(line.json)
+    return 0
+
+
+def _job_verb(line: CommandLine) -> int:
+    flags = [flag for flag in line.hydra_flags if flag not in ("-m", "--multirun")]
+    if flags or (line.hydra_flags and line.verb != "submit"):
+        told = "-m and --json" if line.verb == "submit" else "--json"
+        raise ConfigError(
+            f"ftrun {line.verb} does not take {(flags or line.hydra_flags)[0]}",
+            f"ftrun {line.verb}",
+            f"It takes {told}.",
+        )
+    if line.verb == "submit":
+        from ftrun.config import words
+        from ftrun.verbs.submit import submit
+
+        if len(line.rest) > 1:
+            raise words.bare_word(f"submit {line.rest[0]}", line.rest[1], line.rest[2:])
+        result = submit(next(iter(line.rest), None), line.overrides, line.typed, line.sweep)
+        if "script" in result and result["job"] is None and not line.json:
+            print(result["script"], end="")
+        elif not line.json:
+            print(result["job"])
+        _print_result(line, result)
+        return 0
+    what = [word.removeprefix("run=") for word in line.typed if not word.startswith("-")]
+    if len(what) > 1:
+        raise ConfigError("one run or job, please", f"ftrun {line.verb} {' '.join(what)}")
+    from ftrun.verbs.cancel import cancel
+    from ftrun.verbs.status import status
+
+    _print_result(line, (status if line.verb == "status" else cancel)(next(iter(what), None)))
+    return 0
+
+
+def _show(line: CommandLine) -> int:
+    """``ftrun show`` tells of the cluster section too, where it is named."""
+    from ftrun.config import compose
+    from ftrun.config.cluster import is_cluster_word, read_cluster
+
+    words = [word for word in line.overrides if is_cluster_word(word)]
+    cluster = read_cluster(words) if words else None
+    line.overrides = [word for word in line.overrides if word not in words]
+    composed = compose.load(line.overrides, line.verb)
+    execute(line.verb, composed, line)
+    if cluster:
+        from ftrun.reporting.catalogue import print_cluster
+
+        print_cluster(cluster, words)
     return 0
 
 

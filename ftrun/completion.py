@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from ftrun import registry
 from ftrun.config import recipes
+from ftrun.config.cluster import SECTION as CLUSTER
+from ftrun.config.cluster import cluster_knobs
 from ftrun.config.recipes import DEFAULT_CHOICES
 from ftrun.config.settings import SECTIONS, root_knobs, section_knobs, shared_select_knobs, shared_tokens_knobs
 from ftrun.config.store import group_files
@@ -63,6 +65,8 @@ def candidates(line: str) -> list[str]:
         return sorted(f"{verb} " for verb in PAGES if verb.startswith(word))
     if word.startswith("-"):
         return [flag for flag in (*FLAGS, "--slot ") if flag.startswith(word)]
+    if words[0] == "submit" and len(words) == 1 and not word.startswith("-"):
+        return [verb for verb in ("select ", "train ") if verb.startswith(word)]
     if words[0] == "recipes":
         return sorted(name for name in recipes.catalogue() if name.startswith(word))
     prefix = word[: len(word) - len(word.lstrip("+"))]
@@ -92,7 +96,7 @@ def _values(word: str, words: Sequence[str]) -> Iterator[str]:
         names = list(recipes.catalogue())
     elif slot in registry.SLOTS:
         names = list(registry.specs(slot))
-    elif slot in DEFAULT_CHOICES:
+    elif slot in (*DEFAULT_CHOICES, CLUSTER):
         names = list(group_files(slot))
     else:
         knob = _knobs(words).get(key)
@@ -113,6 +117,7 @@ def _choices(kind: object) -> list[str]:
 
 def _keys(words: Sequence[str]) -> Iterator[str]:
     yield from ("recipe", "select.picker", *(slot for slot in DEFAULT_CHOICES if slot != "picker"))
+    yield from (CLUSTER for verb in words[:1] if verb == "submit")
     yield from (key for key in _knobs(words) if key not in ("paper", "fidelity", "differences"))
 
 
@@ -123,6 +128,8 @@ def _knobs(words: Sequence[str]) -> dict[str, Knob]:
     knobs = {f"{section}.{name}": knob for section in SECTIONS for name, knob in section_knobs(section).items()}
     knobs |= {f"select.{name}": knob for name, knob in shared_select_knobs().items()}
     knobs |= {f"tokens.{name}": knob for name, knob in shared_tokens_knobs().items()} | root_knobs()
+    if words and words[0] == "submit":
+        knobs |= {f"{CLUSTER}.{name}": knob for name, knob in cluster_knobs().items()}
     for slot in registry.SLOTS:
         prefix = "select.picker" if slot == "picker" else slot
         said = typed.get(prefix) or typed.get(slot) or (recipe.choice(slot) if recipe else DEFAULT_CHOICES[slot])

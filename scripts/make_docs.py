@@ -8,6 +8,7 @@ from typing import Any
 
 from ftrun import registry
 from ftrun.config import recipes
+from ftrun.config.cluster import cluster_knobs
 from ftrun.config.compose import load
 from ftrun.config.recipes import DEFAULT_CHOICES, Recipe
 from ftrun.config.settings import SECTIONS, root_knobs, section_knobs, shared_select_knobs, shared_tokens_knobs
@@ -127,7 +128,8 @@ def settings() -> str:
     text += _knobs(shared_tokens_knobs(), "tokens.")
     for section in SECTIONS:
         text += f"\n## {section}\n\n" + _knobs(section_knobs(section), f"{section}.")
-    return text
+    text += "\n## cluster\n\nOnly `ftrun submit` reads it ([clusters](cluster.md)).\n\n"
+    return text + _knobs(cluster_knobs(), "cluster.")
 
 
 def _knobs(knobs: dict[str, Knob], prefix: str) -> str:

@@ -26,6 +26,12 @@ from ftrun.completion import SCRIPTS, candidates
         ("ftrun select select.picker=km", ["select.picker=kmeans_random", "select.picker=kmq"]),
         ("ftrun recipes tsh", ["tshirt"]),
         ("ftrun train --js", ["--json"]),
+        ("ftrun train clus", []),
+        ("ftrun submit tr", ["train "]),
+        ("ftrun submit train clus", ["cluster.", "cluster="]),
+        ("ftrun submit train cluster=", ["cluster=slurm"]),
+        ("ftrun submit train cluster.no", ["cluster.nodes="]),
+        ("ftrun submit train cluster.requeue=", ["cluster.requeue=false", "cluster.requeue=true"]),
         ("ftrun train data.path=", []),  # any file: the shell's own turn
         ("ftrun train recipe=no_such adapter.", []),
     ],

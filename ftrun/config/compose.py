@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, product
 from pathlib import Path
@@ -204,14 +204,19 @@ def _resumed(overrides: Sequence[str]) -> Path:
 
 def check_all(overrides: Sequence[str], verb: str | None = None, limit: int = 32) -> None:
     """Check the first ``limit`` jobs of a sweep before any of them starts."""
+    for job in islice(jobs_of(overrides), limit):
+        load(job, verb)
+
+
+def jobs_of(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides of every job of a sweep, in the order of Hydra's own sweeper."""
     columns: list[list[str]] = []
     for override in parse(overrides):
         if override.is_choice_sweep() or override.is_range_sweep():
             columns.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
         elif not override.is_sweep_override() and not override.key_or_group.startswith("hydra"):
             columns.append([str(override.input_line)])
-    for job in islice(product(*columns), limit):
-        load(job, verb)
+    yield from map(list, product(*columns))
 
 
 def resolve(

@@ -22,6 +22,15 @@ TEXT_KEYS = (
     "select.model.path",
     "tokens.from",
     "launch.rendezvous",
+    "cluster",
+    "cluster.account",
+    "cluster.constraint",
+    "cluster.mem",
+    "cluster.partition",
+    "cluster.qos",
+    "cluster.sbatch",
+    "cluster.setup",
+    "cluster.time",
 )
 FREE_TEXT = ("prompt", "data.system")  # sentences: a comma separates nothing, ${...} stands for nothing
 RENAMED = {"select.scorer": "select", "select.picker": "picker", "select/picker": "picker"}

@@ -30,7 +30,8 @@ class Reads:
 
 MACHINE = ("launch.device", "launch.threads")
 LOADING = ("model.dtype", "model.attention", "model.template", "model.trust_remote_code", "quant")
-NO_PROMPT = {"prompt": "Only `ftrun generate` answers a prompt."}
+NO_CLUSTER = {"cluster": "Only `ftrun submit` asks a cluster: ftrun submit train ..."}
+NO_PROMPT = {"prompt": "Only `ftrun generate` answers a prompt."} | NO_CLUSTER
 OWN_SPLIT = "Which rows the run held out follows from it. Name other rows with data.path=FILE, or fewer with data.heldout_limit=N."
 
 ON_RUN = {
@@ -41,17 +42,18 @@ ON_RUN = {
             "model.path": "run= names the model: its adapter on its base. Leave one of the two out.",
             "seed": OWN_SPLIT,
             "data.heldout": OWN_SPLIT,
+            **NO_CLUSTER,
         },
     ),
-    "generate": Reads(("run", "prompt", "data.system", "tokens", *LOADING, *MACHINE)),
-    "merge": Reads(("run", "out", "model.dtype", *MACHINE)),
+    "generate": Reads(("run", "prompt", "data.system", "tokens", *LOADING, *MACHINE), NO_CLUSTER),
+    "merge": Reads(("run", "out", "model.dtype", *MACHINE), NO_CLUSTER),
 }
 ON_MODEL = {
     "eval": Reads(
         ("model", "recipe", "task", "data", "tokens", "eval", "quant", "seed", "out", *MACHINE),
-        {"data.heldout": "All rows of data.path are evaluated, at most data.heldout_limit of them."},
+        {"data.heldout": "All rows of data.path are evaluated, at most data.heldout_limit of them."} | NO_CLUSTER,
     ),
-    "generate": Reads(("model", "recipe", "prompt", "data.system", "tokens", "quant", *MACHINE)),
+    "generate": Reads(("model", "recipe", "prompt", "data.system", "tokens", "quant", *MACHINE), NO_CLUSTER),
     "merge": ON_RUN["merge"],
     "train": Reads(None, NO_PROMPT),
     "select": Reads(

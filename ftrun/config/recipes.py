@@ -108,7 +108,7 @@ def catalogue() -> dict[str, Path]:
 _BaseLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is twenty times faster
 
 
-class _Loader(_BaseLoader):
+class YamlLoader(_BaseLoader):
     """Plain YAML values only, read as OmegaConf reads them: 1e-5 is a number, a date is text, no key comes twice."""
 
     yaml_implicit_resolvers: ClassVar = {
@@ -124,7 +124,7 @@ class _Loader(_BaseLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
@@ -133,7 +133,7 @@ def read(file: Path) -> Recipe:
     """Parse one recipe. Raises ConfigError for anything that is not a recipe, `_target_` and `hydra:` included."""
     try:
         text = file.read_text()
-        raw: Any = yaml.load(text, Loader=_Loader) or {}
+        raw: Any = yaml.load(text, Loader=YamlLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML", " ".join(str(error).split()), "Mend that line.") from None
     except OSError as error:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ftrun import registry
 from ftrun.config import recipes
+from ftrun.config.cluster import ClusterConfig, cluster_knobs
 from ftrun.config.recipes import DEFAULT_CHOICES, GROUPS, Recipe
 from ftrun.config.settings import (
     SECTIONS,
@@ -205,6 +206,24 @@ def print_show(composed: Composed, overrides: list[str]) -> None:
             console.print(Padding(Text(doc.replace("``", "")), (0, 0, 1, 2)), width=min(console.width, DOC_WIDTH))
         if values:
             console.print(_knob_table(values))
+
+
+def print_cluster(cluster: ClusterConfig, overrides: Sequence[str]) -> None:
+    """Print every key of the cluster section, which only `ftrun submit` reads."""
+    typed = {override.lstrip("+").split("=")[0] for override in overrides}
+    values = [
+        Value(f"cluster.{name}", value, _cluster_origin(name, value, knob, typed), knob)
+        for (name, knob), value in zip(cluster_knobs().items(), vars(cluster).values(), strict=True)
+    ]
+    console = _console()
+    console.print("\n[bold]cluster[/]  [dim]ftrun submit reads it[/]")
+    console.print(_knob_table(values))
+
+
+def _cluster_origin(name: str, value: Any, knob: Knob, typed: set[str]) -> str:
+    if f"cluster.{name}" in typed or (value != knob.default and "cluster" in typed):
+        return "command line"
+    return "default"
 
 
 def _print_head(recipe: Recipe, console: Console) -> None:

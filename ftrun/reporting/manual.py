@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftrun import registry
+from ftrun.config.cluster import cluster_knobs
 from ftrun.config.recipes import DEFAULT_CHOICES
 from ftrun.config.settings import SECTIONS, root_knobs, section_knobs, shared_select_knobs
 from ftrun.errors import ConfigError, nearest
@@ -96,6 +97,33 @@ PAGES = {
         ("run", "out"),
         ("ftrun merge run=RUN",),
     ),
+    "submit": Page(
+        "the same command as a job",
+        "Checks the command here, and submits it to Slurm: one agent a machine starts the processes there, and they meet "
+        "by themselves. Before the time limit the run saves, the job queues itself again, and the run goes on; so it "
+        "does when it is preempted or a machine fails. A sweep becomes one array. cluster=FILE.yaml holds a site's own "
+        "values; docs/cluster.md has files for machines without Slurm.",
+        tuple(f"cluster.{name}" for name in cluster_knobs()),
+        (
+            "ftrun submit train recipe=lora_sft data.path=my.jsonl cluster.gpus_per_node=8",
+            "ftrun submit train recipe=lora_sft cluster.nodes=2 cluster.time=04:00:00 cluster.dry_run=true",
+            "ftrun submit -m train recipe=lora_sft seed=0,1,2 cluster=site.yaml",
+        ),
+    ),
+    "status": Page(
+        "how runs and jobs are",
+        "Tells state, step, loss, time left and the last lines of the log of a run, by its folder or by the id of its "
+        "job; of an array, a table of what its runs gave. Without an argument, of all runs below runs/ and all jobs "
+        "that were submitted from here. --json prints the same as JSON.",
+        (),
+        ("ftrun status", "ftrun status RUN", "ftrun status 1234_7 --json"),
+    ),
+    "cancel": Page(
+        "end a run or a job",
+        "Tells a job, or a run on this machine, to save and stop. A run that was stopped goes on with resume=RUN.",
+        (),
+        ("ftrun cancel RUN", "ftrun cancel 1234"),
+    ),
     "recipes": Page(
         "what there is",
         "Lists recipes by what they are for. A pattern is a part of a name, a title or a description; the exact name "
@@ -126,6 +154,9 @@ START = {
     "eval": "run=RUN | model.path=DIR",
     "generate": 'run=RUN prompt="..."',
     "merge": "run=RUN",
+    "submit": "train recipe=NAME ...",
+    "status": "[RUN | JOB]",
+    "cancel": "RUN | JOB",
     "recipes": "[PATTERN] [--slot SLOT]",
     "show": "NAME",
     "doctor": "",
@@ -185,6 +216,9 @@ def describe_key(key: str) -> tuple[str, str]:
         slot = key.removeprefix("select.")
         names = ", ".join(registry.specs(slot))
         return (names if len(names) < 60 else SLOT_MEANINGS[slot]), plain(DEFAULT_CHOICES[slot])
+    if section == "cluster" and name:
+        knob = cluster_knobs()[name]
+        return knob.help, plain(knob.default)
     if section in SECTIONS and name:
         knob: Knob = section_knobs(section)[name]
     elif section == "select":

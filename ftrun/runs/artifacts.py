@@ -10,12 +10,14 @@ import json
 import math
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from ftrun.errors import ConfigError, FtrunError, ResourceError
+from ftrun.runs.state import process_start
 
 MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -160,7 +162,7 @@ class RunLock:
         try:
             with full_disk_guard(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._file = (self.folder / ".lock").open("w")
+                self._file = (self.folder / ".lock").open("a+")
         except OSError as error:
             raise ConfigError(
                 f"cannot write {self.folder}: {error.strerror}",
@@ -175,7 +177,19 @@ class RunLock:
                 f"out={self.folder}",
                 "Wait for it, or choose another out=DIR.",
             ) from None
+        self._sign()
         return self
+
+    def _sign(self) -> None:
+        """Write down who holds the folder: the process that takes signals for the run, which a launcher's worker is not."""
+        assert self._file
+        pid = os.getppid() if "LOCAL_RANK" in os.environ else os.getpid()
+        signature = {"pid": pid, "host": socket.gethostname(), "started": process_start(pid)}
+        with contextlib.suppress(OSError):  # a full disk ends the run where it saves something that matters
+            self._file.seek(0)
+            self._file.truncate()
+            self._file.write(json.dumps(signature))
+            self._file.flush()
 
     def __exit__(self, *_: object) -> None:
         if self._file:

@@ -98,6 +98,7 @@ class Reporter:
     live: bool | None = None  # None: live lines if the stream is a terminal and no CI system is at work
     clock: Callable[[], float] = time.monotonic
     warnings: list[str] = field(default_factory=list)
+    on_tick: Callable[[str], None] = lambda where: None  # told of every sign of progress, on every rank
 
     def __post_init__(self) -> None:
         target = self.stream or sys.stderr
@@ -177,6 +178,7 @@ class Reporter:
     def task(self, name: str, total: float | None, unit: str = "", start: float = 0) -> Iterator[Task]:
         """Progress of one piece of work; ``start`` is what an earlier, interrupted run has done of it already."""
         task = Task(self, name, total, unit, start)
+        self.on_tick(f"{task.name} ({task.count})" if task.count else task.name)
         if self.rank != 0:
             yield task
             return
@@ -227,6 +229,7 @@ class Reporter:
         self._progress.update(task._bar, completed=task.done)
 
     def _advanced(self, task: Task) -> None:
+        self.on_tick(f"{task.name} ({task.count})")
         if self.rank != 0:
             return
         if self._progress is not None and task._bar is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,15 @@ from ftrun.reporting.terminal import results_table
 from ftrun.runs import lockfile, memory
 from ftrun.runs.artifacts import RunLock, full_disk_guard, new_run_folder, write_json, write_text
 from ftrun.runs.progress import Reporter
+from ftrun.runs.state import holds_work
 from ftrun.training.context import Context
 from ftrun.training.distributed import Team
+from ftrun.training.launch import starts_again
 from ftrun.training.loop import Trainer
 from ftrun.training.signals import StopSignals, error_for
 from ftrun.training.strategies.choice import choose
 
-OUTPUTS = ("selection", "train", "eval", "adapter", "model")  # what a run computes, as against what it says of itself
+SHARED_SECONDS = 60.0  # until a file that one machine has made is seen by another; network folders are slow at it
 SPARE, SPARE_BYTES = ".spare", 1 << 16  # given up at the end, so that a full disk has room for how the run ended
 # settings that may differ between a run and its continuation: they do not change what is computed
 FREE_ON_RESUME = {"out", "resume", "launch", "stages", "eval", "prompt"}
@@ -40,18 +44,46 @@ def carry_out(settings: Settings, make: Callable[[Context, StopSignals], Recorde
     """Carry out a run with all that surrounds it: seeds, run folder and its lock, processes, signals."""
     torch.manual_seed(settings.seed)
     np.random.seed(settings.seed % 2**32)  # libraries below us may draw from it
+    if starts_again() and settings.out and (Path(settings.out) / "config.yaml").exists():
+        settings.resume = settings.out  # of the group that lost a process; without a checkpoint it begins anew
     out = run_folder(settings)
     team = Team(settings.launch, settings.train.trackers, str(out))
-    report = Reporter(rank=team.rank)
+    report = Reporter(rank=team.rank, on_tick=team.alive)
     lock = RunLock(out) if team.is_main else contextlib.nullcontext()
     with lock, StopSignals() as signals, contextlib.closing(report):
         ctx = Context(settings, out, team, report, choose(settings, team, report))
         recorded = make(ctx, signals)
         try:
+            _check_shared(out, team)
             recorded.check_folder()
             return recorded.run()
         finally:
             team.close()
+
+
+def _check_shared(out: Path, team: Team) -> None:
+    """Refuse machines that do not see one run folder. Raises ConfigError that names them."""
+    hosts = team.gather_object(socket.gethostname()) if team.world_size > 1 else []
+    if len(set(hosts)) < 2:
+        return
+    mark = out / f".seen-by-all-{team.gather_object(uuid.uuid4().hex)[0]}"
+    if team.is_main:
+        mark.touch()
+    team.barrier()
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = sorted({host for host, saw in zip(hosts, team.gather_object(seen), strict=True) if not saw})
+    if team.is_main:
+        mark.unlink(missing_ok=True)
+    if blind:
+        error = ConfigError(
+            f"{', '.join(blind)} cannot see the run folder of {hosts[0]}",
+            f"out={out}",
+            "All machines need the same folder: name one on a shared file system with out=DIR.",
+        )
+        error.secondary = not team.is_main
+        raise error
 
 
 def run_folder(settings: Settings) -> Path:
@@ -66,18 +98,6 @@ def run_folder(settings: Settings) -> Path:
             )
         return folder
     return Path(settings.out) if settings.out else new_run_folder(settings.recipe, settings.as_dict())
-
-
-def holds_work(folder: Path) -> bool:
-    """Whether a run has left results here; one that was refused before it computed anything leaves only its record."""
-    if any((folder / name).exists() for name in OUTPUTS):
-        return True
-    try:
-        return json.loads((folder / "summary.json").read_text())["status"] != "failed"
-    except FileNotFoundError:
-        return False
-    except (ValueError, KeyError):
-        return True
 
 
 class RecordedRun:

@@ -1,4 +1,4 @@
-"""Several processes on this machine: started, watched, told to stop, and ended together."""
+"""The processes of a run on this machine: how each is started, and what it says when it fails."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -62,6 +60,11 @@ def is_worker() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def starts_again() -> bool:
+    """True in a process that takes the place of one that was lost: torch's agents count."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def leave_error(error: FtrunError) -> bool:
     """Hand the error to the launcher that started this process; False when there is none, and it must be printed."""
     file = os.environ.get(ERROR_FILE)
@@ -70,6 +73,13 @@ def leave_error(error: FtrunError) -> bool:
     said = {"what": error.what, "where": error.where, "todo": error.todo, "exit_code": error.exit_code}
     Path(file).write_text(json.dumps(said | {"secondary": error.secondary}))
     return True
+
+
+def end_now(error: FtrunError) -> None:
+    """End this process with an error although it cannot be interrupted."""
+    if not leave_error(error) and not error.secondary:
+        print(f"ftrun: {error}", file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
 
 
 def error_class(code: int) -> type[FtrunError]:
@@ -84,54 +94,39 @@ def error_class(code: int) -> type[FtrunError]:
     return next((kind for kind in kinds if kind.exit_code == code), errors.ComponentError)
 
 
-def spawn(command: Sequence[str], launch: LaunchConfig) -> None:
-    """Run ``command`` once a process. Raises the error of the process that failed first.
+def spawn(command: Sequence[str], launch: LaunchConfig, out: str | None = None) -> str | None:
+    """Run ``command`` once a process, again after a loss where ``launch.restarts`` allows; returns the run's folder.
 
-    Signals are passed on; when one process dies, the others get time to write down the end and are then ended. None
-    outlives this call.
+    ``out``: the folder, added to the command; several machines take that of the first. Signals are passed on; when one
+    process dies, the others get time to write down the end and are then ended. None outlives this call. Raises the error
+    of the process that failed first.
     """
-    if launch.nodes > 1:
+    if launch.nodes > 1 and launch.rendezvous is None:
         raise ConfigError(
-            "several machines need a fixed port",
+            f"{launch.nodes} machines need a place to meet",
             f"launch.nodes={launch.nodes}",
-            "Set launch.port and launch.address of machine 0 on all of them.",
+            "Add launch.rendezvous=HOST:29500, HOST being one of them, and give all of them this command.",
         )
-    workers: list[Worker] = []
-    with tempfile.TemporaryDirectory(prefix="ftrun-") as folder, _passing_signals_on(workers):
-        try:
-            _start(command, launch, Path(folder), workers)
-            failed = _watch(workers)
-        finally:
-            _signal_all(workers, signal.SIGKILL)
-            for worker in workers:
-                worker.process.wait()
-        found = [error for worker in failed if (error := worker.error)]
-    if found:
-        # a process that lost another one says less than that other
-        raise next((error for error in found if not error.secondary), found[0])
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of names that the network does not have
+    from ftrun.training.agent import Agent
+
+    with tempfile.TemporaryDirectory(prefix="ftrun-") as folder:
+        agent = Agent(command, launch, out, Path(folder))
+        with _passing_signals_on(agent.take_signal):
+            return agent.carry_out()
 
 
-def _start(command: Sequence[str], launch: LaunchConfig, folder: Path, workers: list[Worker]) -> None:
-    port = _free_port()
-    world = launch.processes * launch.nodes
-    for local in range(launch.processes):
-        rank = local
-        file = folder / f"{rank}.json"
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(local),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(launch.processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TOKENIZERS_PARALLELISM": "false",
-            ERROR_FILE: str(file),
-        }
-        # a session of its own, so that Ctrl-C reaches the workers once, through us
-        process = subprocess.Popen(
-            [sys.executable, *command], env=environment, start_new_session=True, preexec_fn=_end_with_parent
-        )
-        workers.append(Worker(rank, process, file))
+def start(rank: int, command: Sequence[str], environment: dict[str, str], file: Path) -> Worker:
+    """One process of a run; it leaves its error in ``file``."""
+    common = {"TOKENIZERS_PARALLELISM": "false", ERROR_FILE: str(file)}
+    # a session of its own, so that Ctrl-C reaches the workers once, through us
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=os.environ | environment | common,
+        start_new_session=True,
+        preexec_fn=_end_with_parent,
+    )
+    return Worker(rank, process, file)
 
 
 def _end_with_parent() -> None:
@@ -141,9 +136,9 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _passing_signals_on(workers: list[Worker]) -> Iterator[None]:
+def _passing_signals_on(take: Callable[[int], None]) -> Iterator[None]:
     def forward(number: int, _: FrameType | None) -> None:
-        _signal_all(workers, number)
+        take(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -151,35 +146,3 @@ def _passing_signals_on(workers: list[Worker]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _watch(workers: list[Worker]) -> list[Worker]:
-    """Wait for all to end; those that failed by themselves, the first one first."""
-    failed: list[Worker] = []
-    since = 0.0
-    while any(worker.code is None for worker in workers):
-        _note_failed(workers, failed)
-        if failed and not since:
-            since = time.monotonic()
-        stopped = bool(failed) and failed[0].code in (130, 143, -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1)
-        if failed and time.monotonic() - since > (GRACE_SECONDS if stopped else LOST_SECONDS):
-            return failed
-        time.sleep(0.05)
-    _note_failed(workers, failed)
-    return failed
-
-
-def _note_failed(workers: list[Worker], failed: list[Worker]) -> None:
-    failed += [worker for worker in workers if worker.code and worker not in failed]
-
-
-def _signal_all(workers: list[Worker], number: int) -> None:
-    for worker in workers:
-        if worker.code is None:
-            worker.process.send_signal(number)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -50,10 +50,15 @@ class StopSignals:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         again = self.asked is Interrupted and number == signal.SIGINT
-        self.asked = Interrupted if number == signal.SIGINT else Preempted
+        self.asked = stop_of(number)
         if not self._closing and (again or not self._deferred):
             self.raised = True
             raise error_for(self.asked)
+
+
+def stop_of(number: int) -> type[FtrunError]:
+    """What a signal asks for."""
+    return Interrupted if number == signal.SIGINT else Preempted
 
 
 def error_for(kind: type[FtrunError]) -> FtrunError:

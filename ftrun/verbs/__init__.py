@@ -20,13 +20,8 @@ CHAIN_VERBS = ("train", "select")
 
 def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool = False) -> dict[str, Any] | None:
     """Carry out ``verb``. Raises FtrunError."""
-    if verb in ("train", "plan", "preview"):
-        from ftrun.config import keys
-        from ftrun.config.ancestor import go_on
-
-        go_on(composed, keys.named(overrides))
     if verb in (*CHAIN_VERBS, "plan", "preview"):
-        _check_parts(verb, composed)
+        check_command(verb, composed, overrides)
     if verb in CHAIN_VERBS:
         return _run_chain(verb, composed, list(overrides))
     if verb == "show":
@@ -39,6 +34,28 @@ def run_verb(verb: str, composed: Composed, overrides: Sequence[str], html: bool
         f"ftrun {verb} was at work", "Use a smaller model, model.dtype=bfloat16, or fewer tokens at a time."
     ):
         return _work(verb, composed, overrides, html)
+
+
+def check_command(verb: str, composed: Composed, overrides: Sequence[str]) -> None:
+    """What is refused of a chain before anything is read or written. Raises ConfigError."""
+    if verb != "select":
+        from ftrun.config import keys
+        from ftrun.config.ancestor import go_on
+
+        go_on(composed, keys.named(overrides))
+    _check_parts(verb, composed)
+    settings = composed.settings
+    if settings.recipe is not None or settings.resume or verb not in CHAIN_VERBS:
+        return
+    if settings.choice("select") == "none" if verb == "select" else not settings.run:
+        raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
+
+
+def check_together(methods: Sequence[Composed]) -> Settings:
+    """What a selection by several recipes as a whole goes by. Raises ConfigError."""
+    for composed in methods:
+        _check_parts("select", composed)
+    return replace(methods[0].settings, recipe=",".join(str(one.settings.recipe) for one in methods))
 
 
 def _check_parts(verb: str, composed: Composed) -> None:
@@ -82,13 +99,14 @@ def _work(verb: str, composed: Composed, overrides: Sequence[str], html: bool) -
 
 def run_together(methods: Sequence[Composed], overrides: Sequence[str]) -> dict[str, Any]:
     """Select by several recipes in one run. Raises FtrunError."""
+    from ftrun.config import keys
     from ftrun.runs.artifacts import new_run_folder
     from ftrun.training import launch
+    from ftrun.training.foreign import join
 
-    for composed in methods:
-        _check_parts("select", composed)
-    settings = replace(methods[0].settings, recipe=",".join(str(one.settings.recipe) for one in methods))
+    settings = check_together(methods)
     settings.out = settings.out or settings.resume or str(new_run_folder("several", settings.as_dict()))
+    join(settings.launch, keys.named(overrides))
     if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
         return _run_processes("select", settings, list(overrides))
     from ftrun.stages.many import select_together
@@ -97,19 +115,17 @@ def run_together(methods: Sequence[Composed], overrides: Sequence[str]) -> dict[
 
 
 def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str, Any]:
+    from ftrun.config import keys
     from ftrun.training import launch
+    from ftrun.training.foreign import join
 
     settings = composed.settings
     if verb == "train" and settings.resume and settings.stages == ["select"]:
-        from ftrun.config import keys
         from ftrun.config.settings import RootConfig
 
         if not keys.names(keys.named(overrides), "stages"):
             settings.stages = RootConfig().stages  # the selection of `ftrun select` is trained on
-    if settings.recipe is None and not settings.resume and settings.choice("select") == "none" and verb == "select":
-        raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
-    if settings.recipe is None and verb == "train" and not (settings.resume or settings.run):
-        raise ConfigError("which recipe?", f"ftrun {verb}", "Add recipe=NAME; `ftrun recipes` lists them.")
+    join(settings.launch, keys.named(overrides))
     if settings.launch.processes * settings.launch.nodes > 1 and not launch.is_worker():
         return _run_processes(verb, settings, overrides)
     from ftrun.stages.chain import run
@@ -119,13 +135,11 @@ def _run_chain(verb: str, composed: Composed, overrides: list[str]) -> dict[str,
 
 def _run_processes(verb: str, settings: Settings, overrides: list[str]) -> dict[str, Any]:
     """Start the processes with the same overrides and one run folder, and hand their outcome on."""
-    from ftrun.config.grammar import quote
     from ftrun.runs.artifacts import new_run_folder
     from ftrun.training import launch
 
-    out = settings.resume or settings.out or str(new_run_folder(settings.recipe, settings.as_dict()))
     words = [word for word in overrides if not word.startswith("out=")]
-    pinned = words if settings.resume else [*words, f"out={quote(out)}"]
-    launch.spawn(["-m", "ftrun", verb, *pinned], settings.launch)
-    summary: dict[str, Any] = json.loads((Path(out) / "summary.json").read_text())
+    fresh = None if settings.resume else settings.out or str(new_run_folder(settings.recipe, settings.as_dict()))
+    out = launch.spawn(["-m", "ftrun", verb, *words], settings.launch, fresh) or settings.resume
+    summary: dict[str, Any] = json.loads((Path(str(out)) / "summary.json").read_text())
     return summary

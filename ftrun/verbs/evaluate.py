@@ -17,10 +17,10 @@ from ftrun.evaluation.run import Results, asked, rows_digest
 from ftrun.reporting.html import write_report
 from ftrun.reporting.terminal import evaluation_table, results_table
 from ftrun.runs.artifacts import RunLock, digest, new_run_folder, write_json
+from ftrun.runs.state import holds_work
 from ftrun.stages.chain import Chain
 from ftrun.stages.evaluate import evaluate as run_evaluators
 from ftrun.stages.heldout import SOURCE, evaluated_rows, settle
-from ftrun.stages.recorded import holds_work
 from ftrun.stages.trained import check_trained, labels_of, load_trained, plain_context
 from ftrun.training.context import Context
 from ftrun.training.signals import StopSignals

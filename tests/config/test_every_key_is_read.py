@@ -7,6 +7,7 @@ import re
 import pytest
 
 from ftrun import registry
+from ftrun.config.cluster import cluster_knobs
 from ftrun.config.settings import SECTIONS, SETTINGS_FILE
 
 SOURCES = {path: path.read_text() for path in registry.PACKAGE.rglob("*.py")}
@@ -33,6 +34,12 @@ def test_section_key_is_read(section, key):
         "fidelity",
         "differences",
     ), f"{section}.{key}"
+
+
+@pytest.mark.parametrize("key", cluster_knobs())
+def test_cluster_key_is_read(key):
+    # processes and gpus_per_node are read together, by processes_of
+    assert readers(key, ("config/cluster.py",)) or key == "processes"
 
 
 @pytest.mark.parametrize("slot,name", [(slot, name) for slot in registry.SLOTS for name in registry.specs(slot)])

@@ -36,7 +36,8 @@ class LmEval(Evaluator):
 
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
         alone = ctx.team.rank == 0 or not ctx.team.splits  # a model in slices is run by all
-        found = self._run(bundle, ctx) if alone else None
+        with ctx.team.at_work("lm_eval"):  # it tells nobody how far it is
+            found = self._run(bundle, ctx) if alone else None
         result = ctx.team.gather_object(found)[0]
         assert result is not None
         return result
