@@ -62,9 +62,9 @@ def adapter_of(settings: Settings) -> Path | None:
 def _run_in(path: str) -> Path | None:
     """The run that a folder is, or whose adapter it is."""
     folder = place(path, "model.path")
-    for place in (folder, folder.parent) if folder.name == "adapter" else (folder,):
-        if (place / CONFIG).is_file():
-            return place
+    for here in (folder, folder.parent) if folder.name == "adapter" else (folder,):
+        if (here / CONFIG).is_file():
+            return here
     return None
 
 

@@ -71,7 +71,9 @@ def prepare(overrides: Sequence[str], base: Recipe | None = None) -> list[str]:
 
 def _readable(name: str) -> str:
     """The name of a recipe as Hydra reads it: a file may be called 1e5.yaml."""
-    return name if re.fullmatch(r"(?!(null|true|false|inf|nan)$)[A-Za-z_][\w-]*", name, re.ASCII | re.I) else quote(name)
+    return (
+        name if re.fullmatch(r"(?!(null|true|false|inf|nan)$)[A-Za-z_][\w-]*", name, re.ASCII | re.I) else quote(name)
+    )
 
 
 def _joined(override: str) -> str:

@@ -12,7 +12,7 @@ from ftrun.errors import ConfigError
 
 LARGEST = 1 << 20  # bytes of a recipe
 DEEPEST = 50  # brackets or indentations around a value; the parser in C dies of thousands
-MOST = 500_000  # values, each counted as often as an alias repeats it
+MOST = 5000  # values of a recipe, each counted as often as an alias repeats it
 TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 MERGE = "tag:yaml.org,2002:merge"
 _BaseLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is twenty times faster
@@ -22,7 +22,9 @@ class Loader(_BaseLoader):
     """Plain values only: 1e-5 is a number, 007, 1:30 and a date are text, no key comes twice."""
 
     yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "int", "float")]
+        first: [
+            (tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "int", "float")
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     yaml_constructors: ClassVar = {
@@ -80,10 +82,10 @@ def read_text(file: Path, largest: int = LARGEST) -> str:
         raise ConfigError(what, f"{file}:{line}", "Convert it to UTF-8.") from None
 
 
-def parse(text: str, file: Path) -> Any:
+def parse(text: str, file: Path, most: int = MOST) -> Any:
     """The one document of a text as plain values, None for an empty one. Raises ConfigError naming file and line."""
     try:
-        _measure(text)
+        _measure(text, most)
         return yaml.load(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -100,7 +102,7 @@ def _reason(error: yaml.MarkedYAMLError) -> str:
     return f"the tag !!{tag[1]:.100} stands for more than plain values" if tag else problem
 
 
-def _measure(text: str) -> None:
+def _measure(text: str, most: int) -> None:
     """Refuse a document that is too deep, or that aliases make endless or huge, before anything is built of it."""
     sizes: dict[str, int | None] = {}  # anchor -> values below it; None while it is open
     open_nodes: list[tuple[str | None, int]] = []  # anchor and values so far of every node around
@@ -127,5 +129,5 @@ def _measure(text: str) -> None:
         if open_nodes:
             anchor, so_far = open_nodes[-1]
             open_nodes[-1] = (anchor, so_far + size)
-            if so_far + size > MOST:
-                _refuse(f"it holds more than {MOST:,} values", event.start_mark)
+            if so_far + size > most:
+                _refuse(f"it holds more than {most:,} values", event.start_mark)

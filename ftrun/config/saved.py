@@ -18,7 +18,8 @@ from ftrun.errors import ConfigError
 
 CONFIG = "config.yaml"
 AS_RECIPE = "_run"  # name under which the config of a run is composed like a recipe
-LARGEST = 1 << 26  # bytes of a config: it may name a hundred thousand files
+LARGEST, MOST = 1 << 26, 500_000  # bytes and values of a config: it may name a hundred thousand files
+WHOLE = "Give the folder of a run of ftrun, unchanged."
 NOT_INHERITED = ("recipe", "out", "resume", "prompt")  # what a run said of itself alone
 
 
@@ -81,14 +82,22 @@ def _single(folder: Path, key: str) -> dict[str, Any]:
             f"{key}={folder}",
             f"Train with one of them, ftrun train recipe={names[0]}, and give the folder of that run.",
         )
+    _check_whole(plain, folder / CONFIG)
+    plain["model"]["trust_remote_code"] = False  # the folder may be somebody else's: a command says it anew
     return plain
 
 
 def _plain(file: Path) -> dict[str, Any]:
-    """What a config.yaml holds. Raises ConfigError for one that no run has written."""
-    plain = plain_yaml.parse(plain_yaml.read_text(file, LARGEST), file)
+    plain = plain_yaml.parse(plain_yaml.read_text(file, LARGEST), file, MOST)
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{file} is not the config of a run", str(file), WHOLE)
+    return plain
+
+
+def _check_whole(plain: dict[str, Any], file: Path) -> None:
+    """Raise ConfigError for a config that no run has written."""
     tables = [*SECTIONS, *(slot for slot in registry.SLOTS if slot != "picker"), "paper"]
-    lacking = [key for key in tables if not isinstance(plain, dict) or not isinstance(plain.get(key), dict)]
+    lacking = [key for key in tables if not isinstance(plain.get(key), dict)]
     if not lacking:
         parts = {slot: plain[slot] for slot in registry.SLOTS if slot not in ("picker", "eval")}
         parts["select.picker"] = plain["select"].get("picker")
@@ -97,9 +106,7 @@ def _plain(file: Path) -> dict[str, Any]:
         lacking += [] if isinstance(plain["select"].get("model"), dict) else ["select.model"]
         lacking += [key for key in ("fidelity", "differences") if key not in plain]
     if lacking:
-        what = f"{file} is not the config of a run: it has no {lacking[0]}"
-        raise ConfigError(what, str(file), "Give the folder of a run of ftrun, unchanged.")
-    return plain
+        raise ConfigError(f"{file} is not the config of a run: it has no {lacking[0]}", str(file), WHOLE)
 
 
 def _literal(value: Any) -> Any:
