@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from ftrun.scrub import scrub
+
 # what would break the line, or turn the text around it, in a terminal: a row's own words may stand in an error
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -14,7 +16,8 @@ LONGEST = 2000  # characters of a line: a value may be a whole book
 
 
 def one_line(text: str) -> str:
-    """The text as a terminal can show it: no line breaks or signs that turn it, and its middle left out where it is long."""
+    """The text as a terminal can show it: no secrets, line breaks or signs that turn it, and its middle left out where it is long."""
+    text = scrub(text)
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)

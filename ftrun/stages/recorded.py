@@ -22,10 +22,12 @@ from ftrun.reporting.terminal import results_table
 from ftrun.runs import lockfile, memory
 from ftrun.runs.artifacts import RunLock, full_disk_guard, new_run_folder, write_json, write_text
 from ftrun.runs.progress import Reporter
+from ftrun.scrub import scrubbed
 from ftrun.training.context import Context
 from ftrun.training.distributed import Team
 from ftrun.training.loop import Trainer
 from ftrun.training.signals import StopSignals, error_for
+from ftrun.training.strategies.choice import choose
 
 OUTPUTS = ("selection", "train", "eval", "adapter", "model")  # what a run computes, as against what it says of itself
 SPARE, SPARE_BYTES = ".spare", 1 << 16  # given up at the end, so that a full disk has room for how the run ended
@@ -44,7 +46,7 @@ def carry_out(settings: Settings, make: Callable[[Context, StopSignals], Recorde
     report = Reporter(rank=team.rank)
     lock = RunLock(out) if team.is_main else contextlib.nullcontext()
     with lock, StopSignals() as signals, contextlib.closing(report):
-        ctx = Context(settings, out, team, report)
+        ctx = Context(settings, out, team, report, choose(settings, team, report))
         recorded = make(ctx, signals)
         try:
             recorded.check_folder()
@@ -172,13 +174,13 @@ class RecordedRun:
 
     def resolved(self) -> dict[str, Any]:
         """What config.yaml holds."""
-        return self.settings.as_dict()
+        return scrubbed(self.settings.as_dict())
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is computed; a resumed run must agree in all of them."""
         plain = {key: value for key, value in self.settings.as_dict().items() if key not in FREE_ON_RESUME}
         plain["train"] = {key: value for key, value in plain["train"].items() if key not in FREE_TRAIN_KEYS}
-        return json.loads(json.dumps(plain, default=str))
+        return scrubbed(json.loads(json.dumps(plain, default=str)))
 
     def _check_resumed(self, identity: dict[str, Any]) -> None:
         file = self.ctx.out / "identity.json"
@@ -233,7 +235,7 @@ class RecordedRun:
             }
             # what says "done" comes last; what says how a run ended must be tried first, for the disk may be full
             for name in sorted(files, reverse=status != "done"):
-                write_json(self.ctx.out / name, files[name])
+                write_json(self.ctx.out / name, scrubbed(files[name]))
             self._report(status)
         return json.loads(json.dumps(summary, default=str))
 
