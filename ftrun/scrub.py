@@ -12,7 +12,7 @@ SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 SHORTEST = 8  # characters of a value that is looked for: shorter ones are words
-ADDRESS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")  # https://user:password@host
+ADDRESS = re.compile(r"(\w:/{1,2})[^/\s@'\"]+(?=@)")  # https://user:password@host; as a path it has one slash
 PARAMETER = re.compile(
     r"(?<=[?&])((?:[\w-]*(?:token|secret|password|signature|credential|api_?key|access_?key)|sig|key)=)[^&\s'\"#]+",
     re.IGNORECASE,
@@ -32,8 +32,8 @@ def scrub(text: str) -> str:
     """The text with every secret hidden."""
     for value in secrets():
         text = text.replace(value, HIDDEN)
-    if "://" in text or "&" in text or "?" in text:
-        text = PARAMETER.sub(rf"\1{HIDDEN}", ADDRESS.sub(HIDDEN, text))
+    if ":/" in text or "&" in text or "?" in text:
+        text = PARAMETER.sub(rf"\1{HIDDEN}", ADDRESS.sub(rf"\1{HIDDEN}", text))
     return KNOWN.sub(HIDDEN, text)
 
 
