@@ -12,6 +12,7 @@ from typing import Any
 from ftrun.config.grammar import normal_override
 from ftrun.errors import ComponentError, ConfigError, FtrunError, nearest
 from ftrun.quiet import hush
+from ftrun.scrub import scrub, scrubbed
 
 HYDRA_VERBS = ("train", "select", "eval", "preview", "plan", "generate", "merge", "show")
 PLAIN_VERBS = ("recipes", "doctor")
@@ -90,7 +91,7 @@ def say(error: FtrunError) -> int:
     if os.environ.get("FTRUN_DEBUG"):
         import traceback
 
-        traceback.print_exception(error)
+        print(scrub("".join(traceback.format_exception(error))), file=sys.stderr)
     echo = error.secondary and os.environ.get("RANK", "0") != "0"
     if not leave_error(error) and not echo:
         text = f"ftrun: {error}".encode(errors="backslashreplace").decode()  # half a character of a file's name
@@ -205,7 +206,7 @@ def dispatch(line: CommandLine) -> int:
 
 def _print_result(line: CommandLine, result: dict[str, Any] | None) -> None:
     if line.json and result is not None:
-        print(json.dumps(result), flush=True)
+        print(json.dumps(scrubbed(result)), flush=True)
 
 
 def execute(verb: str, composed: Any, line: CommandLine) -> dict[str, Any] | None:

@@ -6,8 +6,21 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from ftrun.scrub import scrub
+
 # what would break the line, or turn the text around it, in a terminal: a row's own words may stand in an error
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+LONGEST = 2000  # characters of a line: a value may be a whole book
+
+
+def one_line(text: str) -> str:
+    """The text as a terminal can show it: no secrets, line breaks or signs that turn it, and its middle left out where it is long."""
+    text = scrub(text)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 class FtrunError(Exception):
@@ -21,17 +34,11 @@ class FtrunError(Exception):
     secondary = False  # only the echo of another process's error
 
     def __init__(self, what: str, where: str = "", todo: str = ""):
-        what = CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), what)
-        super().__init__(what)
-        self.what, self.where, self.todo = what, where, todo
+        super().__init__(one_line(what))
+        self.what, self.where, self.todo = one_line(what), where, todo
 
     def __str__(self) -> str:
-        lines = (
-            self.what.replace("\n", "\\n"),
-            self.where.replace("\n", "\\n"),
-            self.todo,
-        )  # a value may hold a line break
-        return "\n  ".join(part for part in lines if part)
+        return "\n  ".join(one_line(part) for part in (self.what, self.where, self.todo) if part)
 
 
 class ConfigError(FtrunError):

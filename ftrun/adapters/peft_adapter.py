@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftrun.adapters.base import Adapter
 from ftrun.errors import ComponentError, ConfigError
+from ftrun.models.source import safe_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -68,7 +69,7 @@ class PeftAdapter(Adapter):
         from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
         from peft.utils.save_and_load import load_peft_weights
 
-        source = folder / "adapter"
+        source = safe_adapter(folder / "adapter")
         saved = load_peft_weights(str(source), device="cpu")
         with user_errors(self), seeded(ctx.seed), settled_warnings():
             config = PeftConfig.from_pretrained(str(source))
@@ -108,7 +109,7 @@ class PeftAdapter(Adapter):
         from peft import PeftModel
 
         with settled_warnings():
-            return _unrounded(PeftModel.from_pretrained(model, folder / "adapter"), folder / "adapter")
+            return _unrounded(PeftModel.from_pretrained(model, safe_adapter(folder / "adapter")), folder / "adapter")
 
     def merge(self, model: Any) -> nn.Module:
         if not self.mergeable:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ftrun.config.compose import Composed
 from ftrun.config.keys import names
+from ftrun.config.place import place
 from ftrun.config.saved import CONFIG, load_settings
 from ftrun.config.settings import Settings
 from ftrun.errors import ConfigError
@@ -24,7 +25,7 @@ def go_on(composed: Composed, named: Collection[str]) -> None:
     if settings.resume and "recipe" not in named:
         return  # the settings are those of a run that has settled this
     mine = _run_in(settings.model.path)
-    if settings.run and mine and mine.resolve() != Path(settings.run).expanduser().resolve():
+    if settings.run and mine and mine.resolve() != place(settings.run, "run").resolve():
         raise ConfigError(
             "run= and model.path name two runs", f"run={settings.run} model.path={settings.model.path}", "Name one."
         )
@@ -60,10 +61,10 @@ def adapter_of(settings: Settings) -> Path | None:
 
 def _run_in(path: str) -> Path | None:
     """The run that a folder is, or whose adapter it is."""
-    folder = Path(path).expanduser()
-    for place in (folder, folder.parent) if folder.name == "adapter" else (folder,):
-        if (place / CONFIG).is_file():
-            return place
+    folder = place(path, "model.path")
+    for here in (folder, folder.parent) if folder.name == "adapter" else (folder,):
+        if (here / CONFIG).is_file():
+            return here
     return None
 
 

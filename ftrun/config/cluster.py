@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ftrun.config import plain_yaml
 from ftrun.config.explain import parse
-from ftrun.config.recipes import YamlLoader
 from ftrun.config.schema import check_section
 from ftrun.config.store import group_files
 from ftrun.errors import ConfigError, nearest
@@ -99,19 +97,11 @@ def _chosen(name: Any) -> dict[str, Any]:
     elif not isinstance(name, str) or file.suffix not in (".yaml", ".yml"):
         todo = f"{nearest(str(name), known)} For values of your own: cluster=./site.yaml; docs/cluster.md has other clusters."
         raise ConfigError(f'cluster has no choice "{name}"', f"cluster={name}", todo)
-    try:
-        values = yaml.load(file.read_text(), Loader=YamlLoader) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"there is no file {file}", f"cluster={name}", "Check the path.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{file} cannot be read", " ".join(str(error).split()), "Mend that line.") from None
+    if not file.exists():
+        raise ConfigError(f"there is no file {file}", f"cluster={name}", "Check the path.")
+    values = plain_yaml.parse(plain_yaml.read_text(file), file) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{file} holds no keys", f"cluster={name}", "Write `partition: gpu`, a line each.")
-    if isinstance(values.get("time"), int) and values["time"] >= 60:
-        # YAML reads 10:00:00 as a number of base 60, and 600 as what it says: which of the two stood there is lost
-        raise ConfigError(
-            f"{file}: time is not quoted", f"time: {values['time']}", 'Write it as text: time: "10:00:00".'
-        )
     return values
 
 

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ftrun import registry
 from ftrun.config import capabilities, keys, recipes
 from ftrun.config.explain import explain, parse, slot_taken_away, suggest, unresolved
-from ftrun.config.grammar import normal_override
+from ftrun.config.grammar import quote
 from ftrun.config.recipes import DEFAULT_CHOICES, GROUPS, Recipe
 from ftrun.config.saved import as_recipe, recipes_of, run_folder
 from ftrun.config.schema import check_section
@@ -71,7 +71,10 @@ def prepare(overrides: Sequence[str], base: Recipe | None = None) -> list[str]:
 
 
 def _readable(name: str) -> str:
-    return normal_override(f"recipe={name}").partition("=")[2]
+    """The name of a recipe as Hydra reads it: a file may be called 1e5.yaml."""
+    return (
+        name if re.fullmatch(r"(?!(null|true|false|inf|nan)$)[A-Za-z_][\w-]*", name, re.ASCII | re.I) else quote(name)
+    )
 
 
 def _joined(override: str) -> str:

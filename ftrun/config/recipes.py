@@ -8,11 +8,11 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
-
-import yaml
+from typing import Any
 
 from ftrun import registry
+from ftrun.config import plain_yaml, settings
+from ftrun.config.place import place
 from ftrun.errors import ConfigError, nearest
 
 GROUPS = ("model", "data")  # Hydra groups that are not slots
@@ -30,6 +30,9 @@ DEFAULT_CHOICES: dict[str, Any] = {
     "model": "smollm2_135m",
     "data": "gsm_symbolic",
 }
+# what a command says of itself: no file that somebody else wrote decides it
+OF_A_COMMAND = {"hydra", "recipe", "run", "resume", "out", "prompt"}
+REGISTER = "A recipe names registered components; for code of your own, register a component (see the README)."
 FIDELITIES = ("reference-checked", "from-paper", "reconstruction")
 
 
@@ -82,9 +85,11 @@ def _installed() -> list[Path]:
 def find(name: str) -> Recipe:
     """The recipe of a name or of a YAML file; an unknown name is a ConfigError that offers the nearest."""
     if name.endswith((".yaml", ".yml")):
-        file = Path(name).expanduser()
+        file = place(name, "recipe")
         if not file.is_file():
             raise ConfigError(f"there is no recipe file {name}", f"recipe={name}", "Check the path.")
+        if file.stem in ("null", "_run"):
+            raise ConfigError(f"a recipe cannot be called {file.stem}", f"recipe={name}", "Rename the file.")
         return read(file)
     known = catalogue()
     if name not in known:
@@ -105,48 +110,19 @@ def catalogue() -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-_BaseLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is twenty times faster
-
-
-class YamlLoader(_BaseLoader):
-    """Plain YAML values only, read as OmegaConf reads them: 1e-5 is a number, a date is text, no key comes twice."""
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for at, key in enumerate(keys) if key in keys[:at]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice} comes twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def read(file: Path) -> Recipe:
     """Parse one recipe. Raises ConfigError for anything that is not a recipe, `_target_` and `hydra:` included."""
-    try:
-        text = file.read_text()
-        raw: Any = yaml.load(text, Loader=YamlLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML", " ".join(str(error).split()), "Mend that line.") from None
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read", str(error.strerror)) from None
+    text = plain_yaml.read_text(file)
+    raw: Any = plain_yaml.parse(text, file) or {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} is not a recipe", f"it holds {type(raw).__name__}, not keys")
-    _refuse_code(raw, file)
+    _refuse_reach(raw, file)
     choices = _choices(raw.pop("defaults", None) or [], file)
     blocks = {slot: _section(raw.pop(slot), slot, file) for slot in registry.SLOTS if slot in raw}
     if "picker" in blocks.get("select", {}):
         blocks["picker"] = _section(blocks["select"].pop("picker"), "picker", file)
     about, usage = _header(text)
-    return Recipe(
+    made = Recipe(
         name=file.stem,
         file=file,
         paper=_section(raw.pop("paper", None), "paper", file),
@@ -158,6 +134,35 @@ def read(file: Path) -> Recipe:
         about=about,
         usage=usage,
     )
+    _check_shapes(made)
+    return made
+
+
+def _check_shapes(recipe: Recipe) -> None:
+    """Refuse a table or list where the config has none, which Hydra cannot merge, and evaluators that there are not."""
+    _check_shape(recipe.values, settings.root_knobs(), "", recipe.file)
+    _check_shape({"differences": recipe.differences}, settings.root_knobs(), "", recipe.file)
+    for section in settings.SECTIONS:
+        values = _section(recipe.values.get(section), section, recipe.file)
+        _check_shape(values, settings.section_knobs(section), f"{section}.", recipe.file)
+    for slot, block in recipe.blocks.items():
+        names = str(recipe.choice(slot)).split(registry.JOINT)
+        if slot == "eval":
+            for name, values in block.items():
+                spec = registry.find(slot, str(name))
+                values = _section(values, f"eval.{name}", recipe.file)
+                _check_shape(values, spec.knobs, f"eval.{name}.", recipe.file)
+        elif len(names) == 1:
+            _check_shape(block, registry.find(slot, names[0]).knobs, f"{slot}.", recipe.file)
+
+
+def _check_shape(values: dict[str, Any], knobs: dict[str, registry.Knob], prefix: str, file: Path) -> None:
+    for key, value in values.items():
+        knob = knobs.get(key)
+        tables = isinstance(value, dict), isinstance(knob.default if knob else value, dict)
+        if knob and value is not None and tables[0] != tables[1]:
+            what = f"{file}: `{prefix}{key}:` takes {registry.type_name(knob.type)}, not {value!r:.80}"
+            raise ConfigError(what, str(file), f"See `ftrun show` for the meaning of {prefix}{key}.")
 
 
 def _section(value: Any, key: str, file: Path) -> dict[str, Any]:
@@ -182,6 +187,12 @@ def _choices(defaults: Any, file: Path) -> dict[str, Any]:
         if slot not in DEFAULT_CHOICES:
             raise ConfigError(f'{file}: there is no slot "{slot}"', f"{key}: {name}", nearest(slot, DEFAULT_CHOICES))
         names = name if isinstance(name, list) else [name]
+        if slot in choices or (isinstance(name, list) and slot != "eval" and slot not in registry.COMBINED):
+            raise ConfigError(f"{file}: {slot} takes one name, on one line", f"{key}: {name}")
+        if slot in GROUPS and not (registry.PACKAGE / "conf" / slot / f"{name}.yaml").is_file():
+            there = [found.stem for found in (registry.PACKAGE / "conf" / slot).glob("*.yaml")]
+            todo = f"{nearest(str(name), there)} For one of your own: `{slot}: {{path: ...}}`."
+            raise ConfigError(f'{file}: {slot} has no choice "{name}"', f"{key}: {name}", todo)
         if slot in registry.COMBINED:
             name = registry.JOINT.join(map(str, names))
         for one in names if slot in registry.SLOTS else []:
@@ -193,18 +204,58 @@ def _choices(defaults: Any, file: Path) -> dict[str, Any]:
     return choices
 
 
-def _refuse_code(node: Any, file: Path, top: bool = True) -> None:
+def _refuse_reach(raw: dict[str, Any], file: Path) -> None:
+    """Refuse what only a command may say: where a run lies, whose code is trusted, what the environment holds."""
+    for key in sorted(OF_A_COMMAND & raw.keys()):
+        todo = f"Say it on the command line: {key}=..." if key != "hydra" else REGISTER
+        raise ConfigError(f"{file} holds `{key}:`, which a recipe may not", str(file), todo)
+    if _below(raw, "model", "trust_remote_code"):
+        what = f"{file} holds `model.trust_remote_code:`, which a recipe may not"
+        raise ConfigError(what, str(file), "Read the model's code; if you trust it, say so on the command line.")
+    tasks = _below(raw, "eval", "lm_eval", "tasks")
+    named = [str(task) for task in tasks] if isinstance(tasks, list) else [str(tasks or "")]
+    if _below(raw, "eval", "lm_eval", "include_path") or any(re.search(r"[/\\]|\.ya?ml$", name) for name in named):
+        what = f"{file} names files with tasks of lm-eval, which can hold code: a recipe may not"
+        raise ConfigError(what, str(file), "Say it on the command line: eval.lm_eval.include_path=...")
+    _refuse_values(raw, file)
+
+
+def _below(node: Any, *path: str) -> Any:
+    for key in path:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def _refuse_values(node: Any, file: Path) -> None:
     if isinstance(node, dict):
         for key, value in node.items():
-            if str(key) in ("_target_", "_partial_", "_recursive_", "_convert_", "_args_") or (top and key == "hydra"):
-                raise ConfigError(
-                    f"{file} holds `{key}:`, which a recipe may not",
-                    todo="A recipe names registered components; for code of your own, register a component (see the README).",
-                )
-            _refuse_code(value, file, top=False)
+            if str(key).startswith("_"):
+                raise ConfigError(f"{file} holds `{key!s:.50}:`, which a recipe may not", str(file), REGISTER)
+            _refuse_values(value, file)
     elif isinstance(node, list):
         for value in node:
-            _refuse_code(value, file, top=False)
+            _refuse_values(value, file)
+    elif node == "???":
+        raise ConfigError(f"{file} leaves a value open with ???", str(file), "Give it a value, or leave the key out.")
+    elif isinstance(node, str) and "${" in node:
+        _refuse_reading(node, file)
+
+
+def _refuse_reading(text: str, file: Path) -> None:
+    """Refuse a ``${...}`` that is not the name of a key: ``${oc.env:...}`` would carry a secret into the run's record."""
+    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.grammar_parser import OmegaConfGrammarParser, parse
+
+    todo = "It takes the name of a key, as in ${seed}; text is written \\${...}."
+    try:
+        waiting: list[Any] = [parse(text)]
+    except (OmegaConfBaseException, RecursionError):
+        raise ConfigError(f"{file} holds a ${{...}} that cannot be read: {text!r:.80}", str(file), todo) from None
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, OmegaConfGrammarParser.InterpolationResolverContext):
+            raise ConfigError(f"{file} holds {text!r:.80}, and a recipe may only name keys", str(file), todo)
+        waiting += getattr(node, "children", None) or []
 
 
 def _header(text: str) -> tuple[str, list[str]]:

@@ -8,9 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from ftrun import registry
+from ftrun.config import plain_yaml
+from ftrun.config.place import place
 from ftrun.config.recipes import Recipe
 from ftrun.config.schema import check_section
 from ftrun.config.settings import (
@@ -26,6 +26,8 @@ from ftrun.errors import ConfigError
 
 CONFIG = "config.yaml"
 AS_RECIPE = "_run"  # name under which the config of a run is composed like a recipe
+LARGEST, MOST = 1 << 26, 500_000  # bytes and values of a config: it may name a hundred thousand files
+WHOLE = "Give the folder of a run of ftrun, unchanged."
 NOT_INHERITED = ("recipe", "out", "resume", "prompt")  # what a run said of itself alone
 
 
@@ -39,7 +41,7 @@ def run_folder(run: str | Path | None, key: str = "run") -> Path:
     """The folder of the run that ``key=run`` names. Raises ConfigError when there is none."""
     if not run:
         raise ConfigError("which run?", todo=f"Give its folder: {key}=runs/...")
-    folder = Path(run).expanduser()
+    folder = place(run, key)
     if not (folder / CONFIG).exists():
         raise ConfigError(
             f"there is no run in {folder}",
@@ -51,7 +53,7 @@ def run_folder(run: str | Path | None, key: str = "run") -> Path:
 
 def recipes_of(run: str | Path) -> list[str]:
     """The recipes of a run, several where it selected by several; empty when there is no run, or no recipe."""
-    file = Path(run).expanduser() / CONFIG
+    file = place(run, "resume") / CONFIG
     name = _plain(file).get("recipe") if file.exists() else None
     return str(name).split(",") if name else []
 
@@ -88,11 +90,31 @@ def _single(folder: Path, key: str) -> dict[str, Any]:
             f"{key}={folder}",
             f"Train with one of them, ftrun train recipe={names[0]}, and give the folder of that run.",
         )
+    _check_whole(plain, folder / CONFIG)
+    plain["model"]["trust_remote_code"] = False  # the folder may be somebody else's: a command says it anew
     return plain
 
 
 def _plain(file: Path) -> dict[str, Any]:
-    return OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[return-value]
+    plain = plain_yaml.parse(plain_yaml.read_text(file, LARGEST), file, MOST)
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{file} is not the config of a run", str(file), WHOLE)
+    return plain
+
+
+def _check_whole(plain: dict[str, Any], file: Path) -> None:
+    """Raise ConfigError for a config that no run has written."""
+    tables = [*SECTIONS, *(slot for slot in registry.SLOTS if slot != "picker"), "paper"]
+    lacking = [key for key in tables if not isinstance(plain.get(key), dict)]
+    if not lacking:
+        parts = {slot: plain[slot] for slot in registry.SLOTS if slot not in ("picker", "eval")}
+        parts["select.picker"] = plain["select"].get("picker")
+        lacking += [key for key, part in parts.items() if not isinstance(part, dict) or "name" not in part]
+        lacking += [f"eval.{name}" for name, knobs in plain["eval"].items() if not isinstance(knobs, dict)]
+        lacking += [] if isinstance(plain["select"].get("model"), dict) else ["select.model"]
+        lacking += [key for key in ("fidelity", "differences") if key not in plain]
+    if lacking:
+        raise ConfigError(f"{file} is not the config of a run: it has no {lacking[0]}", str(file), WHOLE)
 
 
 def _literal(value: Any) -> Any:

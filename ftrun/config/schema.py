@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ftrun.errors import ConfigError, nearest
 from ftrun.registry import Knob, type_name
 
+LARGEST = 2**63  # what arrays and generators count with
 SENTENCES = ("prompt", "system")  # knobs whose text is never the name of a file
 
 
@@ -121,7 +122,7 @@ def _scalar(value: Any, kind: type) -> Any:
             return value
     elif kind is float and isinstance(value, (int, float)) and not math.isnan(value):
         return float(value)
-    elif kind is int and isinstance(value, (int, float)) and value == int(value):
+    elif kind is int and isinstance(value, (int, float)) and value == int(value) and abs(value) < LARGEST:
         return int(value)
     elif kind is str and isinstance(value, (str, int)):
         return str(value)

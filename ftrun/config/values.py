@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ftrun.config.place import place
 from ftrun.config.recipes import FIDELITIES
 from ftrun.config.settings import LaunchConfig, Settings
 from ftrun.errors import ConfigError, nearest
@@ -145,9 +146,26 @@ def check_values(settings: Settings, trains: bool = True) -> None:
             f"select.dedup_threshold is a similarity above 0, at most 1, not {threshold}",
             f"select.dedup_threshold={threshold}",
         )
+    _check_places(settings)
     _check_knobs(settings)
     _check_mixture(settings)
     parse_budget(settings.budget)
+
+
+def _check_places(settings: Settings) -> None:
+    """Refuse what can be no file or folder; those of rows are looked at when they are read."""
+    texts = {
+        "out": settings.out,
+        "model.path": settings.model.path,
+        "model.template": settings.model.template,
+        "select.model.path": settings.select.model_path,
+        "tokens.from": settings.tokens.from_run,
+    }
+    for key, text in texts.items():
+        if text is not None:
+            if not text.strip():
+                raise ConfigError(f"{key} names nothing", f'{key}="{text}"', "Give it a value, or leave it out.")
+            place(text, key)
 
 
 def _check_launch(launch: LaunchConfig) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ftrun import registry
 from ftrun.config import recipes
+from ftrun.config.place import place as where_is
 from ftrun.config.recipes import DEFAULT_CHOICES
 from ftrun.errors import ConfigError, nearest
 
@@ -201,7 +202,10 @@ def bare_word(verb: str, word: str, followers: Collection[str] = ()) -> ConfigEr
         return ConfigError(f'"{word}" is the name of a recipe', where, f"Write {typed} recipe={word}")
     if word.endswith((".yaml", ".yml")):
         return ConfigError(f'"{word}" names a recipe file', where, f"Write {typed} recipe={word}")
-    place = Path(word).expanduser()
+    try:
+        place = where_is(word, "it")
+    except ConfigError:
+        place = Path()
     if (place / "config.yaml").is_file() or (verb == "merge" and place.is_dir()):
         return ConfigError(f'"{word}" is the folder of a run', where, f"Write {typed} run={word}")
     if word.endswith(DATA_ENDINGS):

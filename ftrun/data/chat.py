@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from ftrun.data.literals import Literals
 from ftrun.data.meanings import THOUGHTS
 from ftrun.data.records import Message
+from ftrun.data.sandbox import bound_templates
 from ftrun.data.turns import from_json
 from ftrun.errors import ConfigError, DataError
 
@@ -52,6 +53,13 @@ class ChatTemplate:
 
     def render(self, turns: list[dict[str, Any]], asks: bool, tools: list[Any] | None = None) -> str:
         """Text of these turns; ``asks`` adds what introduces an answer. Raises what templates raise."""
+        bound_templates()
+        try:
+            return self._render(turns, asks, tools)
+        except (RecursionError, MemoryError, OverflowError) as error:
+            raise TemplateError(f"it does not end: {type(error).__name__}") from None
+
+    def _render(self, turns: list[dict[str, Any]], asks: bool, tools: list[Any] | None) -> str:
         return self.tokenizer.apply_chat_template(
             turns,
             tools=tools or None,

@@ -132,6 +132,6 @@ def _number(value: Any) -> float | None:
         value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if 0 <= number < float("inf") else None

@@ -49,14 +49,14 @@ def apply_template(tokenizer: Any, setting: str | None) -> None:
     begins = "{{- bos_token -}}" if setting in built_in and _adds_bos(tokenizer) else ""
     tokenizer.chat_template = begins + file.read_text(encoding="utf-8")
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+        ChatTemplate(tokenizer).render([{"role": "user", "content": "a"}], asks=True)
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"the chat template {file} is not valid jinja: {error.message}",
             f"{file}:{error.lineno}",
             "Repair the file.",
         ) from error
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise ConfigError(
             f"the chat template {file} cannot render a user's message: {error}", str(file), "Repair the file."
         ) from error

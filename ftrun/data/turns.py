@@ -26,7 +26,11 @@ def text_of(value: Any, name: str, empty_ok: bool = False) -> str:
     """A cell as text: numbers are written out. Raises Unfit for what is no text, and for an empty one."""
     if missing(value):
         value = ""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and (isinstance(value, int) or math.isfinite(value))
+    ):
         value = json.dumps(value)
     if not isinstance(value, str):
         raise Unfit(f"has a {type(value).__name__} as {name}, not text")

@@ -65,9 +65,33 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the model, shards in order."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [folder / name for name in _names_in(index)]
     single = folder / "model.safetensors"
     return [single] if single.is_file() else []
+
+
+def _names_in(index: Path) -> list[str]:
+    """The weight files that an index names. Raises ConfigError for one outside of the folder, or that is no safetensors."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{index.name} names no weight files", str(index), "Copy or download the model again."
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            what = f"{index.name} names a file outside of its folder, or no safetensors: {name!r}"
+            raise ConfigError(what, str(index), "Get the model from another source.")
+    return names
+
+
+def safe_adapter(folder: Path) -> Path:
+    """The folder of an adapter whose weights are no pickle. Raises ConfigError."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        why = f"{pickles[0].name} is a pickle, which can run code: save it again with safetensors" if pickles else ""
+        raise ConfigError(f"{folder} has no adapter_model.safetensors", str(folder), why or "Copy it again.")
+    return folder
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

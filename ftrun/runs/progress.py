@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ftrun.runs import numbers
+from ftrun.scrub import scrub
 
 PLAIN_SECONDS = 10.0  # a plain line at the latest after this time ...
 PLAIN_SHARE = 0.1  # ... or after this share of the work,
@@ -171,7 +172,7 @@ class Reporter:
         )
         with recorder.capture() as text:
             recorder.print(renderable)
-        for line in text.get().rstrip().splitlines():
+        for line in scrub(text.get()).rstrip().splitlines():
             self._write_log(line.rstrip())
 
     @contextmanager
@@ -215,8 +216,9 @@ class Reporter:
     def _say(self, rich_text: Text, plain: str) -> None:
         if self.rank != 0:
             return
-        self.console.print(rich_text, markup=False)
-        self._write_log(plain)
+        clean = scrub(plain)
+        self.console.print(rich_text if clean == plain else Text(clean), markup=False)
+        self._write_log(clean)
 
     def _begin(self, task: Task) -> None:
         self._write_log(f"{task.name}: {task.count}" if task.total is not None else task.name)

@@ -25,6 +25,7 @@ from ftrun.runs import lockfile, memory
 from ftrun.runs.artifacts import RunLock, full_disk_guard, new_run_folder, write_json, write_text
 from ftrun.runs.progress import Reporter
 from ftrun.runs.state import holds_work
+from ftrun.scrub import scrubbed
 from ftrun.training.context import Context
 from ftrun.training.distributed import Team
 from ftrun.training.launch import starts_again
@@ -193,13 +194,13 @@ class RecordedRun:
 
     def resolved(self) -> dict[str, Any]:
         """What config.yaml holds."""
-        return self.settings.as_dict()
+        return scrubbed(self.settings.as_dict())
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is computed; a resumed run must agree in all of them."""
         plain = {key: value for key, value in self.settings.as_dict().items() if key not in FREE_ON_RESUME}
         plain["train"] = {key: value for key, value in plain["train"].items() if key not in FREE_TRAIN_KEYS}
-        return json.loads(json.dumps(plain, default=str))
+        return scrubbed(json.loads(json.dumps(plain, default=str)))
 
     def _check_resumed(self, identity: dict[str, Any]) -> None:
         file = self.ctx.out / "identity.json"
@@ -254,7 +255,7 @@ class RecordedRun:
             }
             # what says "done" comes last; what says how a run ended must be tried first, for the disk may be full
             for name in sorted(files, reverse=status != "done"):
-                write_json(self.ctx.out / name, files[name])
+                write_json(self.ctx.out / name, scrubbed(files[name]))
             self._report(status)
         return json.loads(json.dumps(summary, default=str))
 

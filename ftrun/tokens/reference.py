@@ -12,6 +12,7 @@ import numpy as np
 from ftrun.adapters.peft_adapter import settled_warnings
 from ftrun.errors import ComponentError, ConfigError, DataError
 from ftrun.models.load import load_bundle
+from ftrun.models.source import safe_adapter
 from ftrun.runs import stagecache
 from ftrun.runs.artifacts import digest, sha256
 from ftrun.runs.stagecache import key_of
@@ -233,7 +234,7 @@ def _with_adapter(folder: Path, ctx: Context) -> Bundle:
     if not weights:
         raise ConfigError(f"{folder} holds no weights", str(folder), "Only safetensors are read.")
     with settled_warnings():
-        model = PeftModel.from_pretrained(bundle.model, str(folder))  # type: ignore[arg-type]
+        model = PeftModel.from_pretrained(bundle.model, str(safe_adapter(folder)))  # type: ignore[arg-type]
     return replace(bundle, model=model.eval(), path=str(folder), fingerprint=digest([bundle.fingerprint, weights]))
 
 

@@ -18,6 +18,7 @@ from ftrun.reporting.html import write_report
 from ftrun.reporting.terminal import evaluation_table, results_table
 from ftrun.runs.artifacts import RunLock, digest, new_run_folder, write_json
 from ftrun.runs.state import holds_work
+from ftrun.scrub import scrubbed
 from ftrun.stages.chain import Chain
 from ftrun.stages.evaluate import evaluate as run_evaluators
 from ftrun.stages.heldout import SOURCE, evaluated_rows, settle
@@ -75,7 +76,7 @@ def _evaluate_run(settings: Settings, named: Collection[str]) -> dict[str, Any]:
             write_report(run)
             results_table(run, ctx.report)
         else:
-            write_json(ctx.evaluation / "summary.json", _about(run, settings, metrics))
+            write_json(ctx.evaluation / "summary.json", scrubbed(_about(run, settings, metrics)))
             evaluation_table(run, ctx.evaluates_in, ctx.report)
     out = run if ctx.evaluates_in == "eval" else Path(settings.out or ctx.evaluation)
     return {"metrics": metrics, "out": str(out), "results": str(ctx.evaluation / "results.json")}

@@ -14,6 +14,7 @@ from ftrun.config.explain import parse
 from ftrun.config.settings import Settings
 from ftrun.errors import ConfigError, FtrunError
 from ftrun.runs.artifacts import write_json
+from ftrun.scrub import scrubbed
 
 METRICS = 4  # columns of the table that show metrics
 
@@ -60,7 +61,7 @@ class Sweep:
             "metrics": metrics,
             "out": found.get("out") or (str(Path(self.out) / str(number)) if self.out else None),
         } | ({"error": error.what} if error else {})
-        write_json(self.records / f"{number}.json", entry)
+        write_json(self.records / f"{number}.json", scrubbed(entry))
 
     def finish(self) -> int:
         """Print the table of all jobs and return the exit code: that of the first that failed, else 0."""
@@ -69,7 +70,7 @@ class Sweep:
         if not entries:
             return 0
         if self.out:
-            write_json(Path(self.out) / "sweep.json", entries)
+            write_json(Path(self.out) / "sweep.json", scrubbed(entries))
         _print(entries)
         return next((entry["exit_code"] for entry in entries if entry["exit_code"]), 0)
 
