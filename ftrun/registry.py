@@ -13,8 +13,8 @@ import importlib
 import importlib.metadata
 import types
 import typing
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -206,11 +206,30 @@ def read_dataclass(path: Path, name: str) -> dict[str, Knob]:
                 continue
             if item.value is None:
                 raise ConfigError(f"{name}.{item.target.id} in {owner} has no default; every knob needs one")
+            if any(isinstance(other, ast.ClassDef) and other.name == annotation for other in _parsed(owner)[0].body):
+                inside = read_dataclass(owner, annotation)  # a section inside this one
+                knobs |= {
+                    f"{item.target.id}.{sub}": replace(knob, name=f"{item.target.id}.{sub}")
+                    for sub, knob in inside.items()
+                }
+                continue
             kind = eval(annotation, {"__builtins__": {}}, _TYPE_NAMES)
             # the formatter moves the comment of a long line into parentheses, behind the value
             help_text = _comment_after(item, lines) or _comment_after(item.value, lines)
             knobs[item.target.id] = Knob(item.target.id, kind, _default(item.value), help_text)
     return knobs
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with dotted names as sections inside sections."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return tree
 
 
 def _comment_after(node: ast.stmt | ast.expr, lines: list[bytes]) -> str:

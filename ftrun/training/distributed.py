@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from ftrun.config.settings import LaunchConfig
 from ftrun.errors import ConfigError
 from ftrun.runs.cores import OMP, threads_per_process
+
+Item = TypeVar("Item")
 
 
 class Team:
@@ -52,6 +56,8 @@ class Team:
             error.secondary = self.rank > 0
             raise error
 
+    splits: bool = True  # work on a model can be divided; with a slice of it in each process, all do all of it
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -73,6 +79,23 @@ class Team:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Those that this process works on with the model."""
+        return items[self.rank :: self.world_size] if self.splits else items
+
+    def collect(self, made: Item) -> list[Item]:
+        """What all processes have made of their shares, each piece once, on every process."""
+        return self.gather_object(made) if self.splits else [made]
+
+    @contextmanager
+    def in_turns(self) -> Iterator[None]:
+        """The body is run by one process of a machine after the other: none needs the memory at the same time."""
+        local = self.accelerator.local_process_index
+        for turn in range(max(self.gather_object(local)) + 1):
+            if turn == local:
+                yield
+            self.barrier()
 
     def broadcast_(self, tensors: list[torch.Tensor]) -> None:
         """Overwrite with the values of process 0."""

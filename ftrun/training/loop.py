@@ -330,6 +330,7 @@ class Trainer:
     def _save_and_evaluate(self, metrics: TextIO | None, force: bool) -> None:
         step, last = self.progress.step, self.progress.step == self.plan.steps
         if self.evaluate and self.settings.eval_steps and (step % self.settings.eval_steps == 0 or last):
+            self.strategy.open()
             loss = self.evaluate()
             if self.progress.best_loss is None or loss < self.progress.best_loss:
                 self.progress.best_loss, self.progress.best_step = loss, step

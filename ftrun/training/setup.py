@@ -10,7 +10,7 @@ from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError
 from ftrun.models.bundle import Bundle
 from ftrun.models.checkpointing import checkpoint_activations
-from ftrun.models.fast import speed_up
+from ftrun.models.fast import packs_for_free, speed_up
 from ftrun.optim.base import OptimizerConfig
 from ftrun.schedules.base import Schedule
 from ftrun.training.context import Context
@@ -60,7 +60,12 @@ def set_up(
             "Choose an adapter, or quant=none for full fine-tuning.",
         )
     settle_precision(bundle, _trainable({"": bundle.model, **parts}), ctx.settings.train.pure_bfloat16, ctx.report)
-    strategy.place({"model": bundle.model, **parts}, bundle.architecture.layers)
+    layers = list(bundle.architecture.layers)
+    if original is not None:
+        layers += bundle.architecture.layers_of(original)
+    if strategy.sharded:
+        packs_for_free(bundle.model, bundle.architecture)  # tried while the weights are whole, and remembered
+    strategy.place({"model": bundle.model, **parts}, layers)
     named = _trainable({"": bundle.model, **parts})  # a strategy may have put slices in their place
     optimizer = optim.build(list(named.items()))
     adapter.bind(optimizer)

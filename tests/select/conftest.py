@@ -40,6 +40,14 @@ class Alone:
     def gather_object(self, value: Any) -> list[Any]:
         return [value]
 
+    splits = True
+
+    def share(self, items: Any) -> Any:
+        return items
+
+    def collect(self, made: Any) -> list[Any]:
+        return [made]
+
 
 class Threads:
     """A process of several, played by a thread."""

@@ -38,6 +38,14 @@ class Alone:
     def gather_object(self, value: Any) -> list[Any]:
         return [value]
 
+    splits = True
+
+    def share(self, items: Any) -> Any:
+        return items
+
+    def collect(self, made: Any) -> list[Any]:
+        return [made]
+
 
 @pytest.fixture(scope="session")
 def loaded(tiny_dir: Path) -> Bundle:

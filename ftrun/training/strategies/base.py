@@ -62,6 +62,10 @@ class Strategy:
         have = [parameter for parameter in parameters if parameter.grad is not None]
         return float(nn.utils.clip_grad_norm_(have, math.inf if bound is None else bound))
 
+    def release(self) -> None:
+        """Let go of the parts."""
+        self.root = Root({})
+
     def open(self) -> None:
         """Let the model be called from anywhere, for evaluation; all processes must then call it equally often."""
 

@@ -1,7 +1,6 @@
 """A whole copy of the model in every process: torch's DistributedDataParallel."""
 
-from __future__ import annotations
-
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -32,12 +31,14 @@ class Ddp(Strategy):
             return
         self._engine = None  # its hooks go first
         self._training = training
-        self._engine = DistributedDataParallel(
-            self.root,
-            find_unused_parameters=True,  # a batch need not reach every part of a model or an objective
-            broadcast_buffers=False,
-            init_sync=False,  # weights are equal already: from one file, and those that train were sent round
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its new name is not in older versions
+            self._engine = DistributedDataParallel(
+                self.root,
+                find_unused_parameters=True,  # a batch need not reach every part of a model or an objective
+                broadcast_buffers=False,
+                init_sync=False,  # weights are equal already: from one file, and those that train were sent round
+            )
         self._engine.register_comm_hook(None, _sum)
 
     def rounds(self, mine: int) -> int:
@@ -49,7 +50,8 @@ class Ddp(Strategy):
             backward(self._engine(work))
 
 
-def _sum(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Any]:
+# torch looks at the types themselves, so this file does not put annotations off
+def _sum(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The sum, not the mean: a loss is divided by what the whole step counts."""
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])

@@ -31,17 +31,20 @@ class Fsdp(Strategy):
     def __init__(self, team: Team, reshard_after_forward: bool = True, offload: bool = False):
         super().__init__(team)
         self.reshard_after_forward, self.offload = reshard_after_forward, offload
+        self._mesh = init_device_mesh(team.device.type, (team.world_size,))
+        team.splits = False
 
     def place(self, parts: Mapping[str, nn.Module], layers: Iterable[nn.Module]) -> None:
         super().place(parts, layers)
-        mesh = init_device_mesh(self.team.device.type, (self.team.world_size,))
+        mesh, again = self._mesh, self.reshard_after_forward
         offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
         for layer in layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=self.reshard_after_forward, offload_policy=offload)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=again, offload_policy=offload)
         fully_shard(self.root, mesh=mesh, reshard_after_forward=False, offload_policy=offload)
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # the sum, not the mean
+                module.set_force_sum_reduction_for_comms(True)
 
     def rounds(self, mine: int) -> int:
         return max(1, *self.team.gather_object(mine))
