@@ -53,6 +53,7 @@ SUBJECTS = {
 }
 ALONE, TEAMS = ("scored", "sft", "lisa"), ("scored x2", "lisa x2")
 IN_A_STEP = ("begin a step", "clip", "update")
+IN_TEAM = (*IN_A_STEP, "score a batch", "held-out loss", "evaluate")  # where processes wait for each other
 
 
 @dataclass
@@ -111,10 +112,10 @@ class Skipped(Exception):
 class Arena:
     """Folders of a campaign, and how its commands are run."""
 
-    def __init__(self, work: Path):
+    def __init__(self, work: Path, name: str = "first"):
         self.work = work.resolve()
         self.work.mkdir(parents=True, exist_ok=True)
-        self.notes = self.work / "notes"
+        self.notes, self.said = self.work / f"notes {name}", self.work / f"said {name}"
         self.model, self.rows = self.work / "model", self.work / "rows.jsonl"
         if not self.rows.exists():
             _make_inputs(self.model, self.rows)
@@ -135,7 +136,7 @@ class Arena:
             "HF_HUB_OFFLINE": "1",
         }
         command = [sys.executable, "-m", "ftrun", *words]
-        with (self.work / "said").open("wb") as stream:
+        with self.said.open("wb") as stream:
             return warm_processes.Popen(
                 command, env=environment, stdout=subprocess.DEVNULL, stderr=stream.fileno(), start_new_session=True
             )
@@ -153,19 +154,19 @@ class Arena:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
         process.wait(10)
-        said = (self.work / "said").read_text(errors="replace")
+        said = self.said.read_text(errors="replace")
         if alive and code is not None:
             said += f"\nprocesses {alive} outlived the command"
             code = None
         return Ended(code, said)
 
-    def alive(self) -> list[int]:
-        """Processes of the last command that still run."""
+    def alive(self, states: str = "RSDTtIW") -> list[int]:
+        """Processes of the last command that still run; T: those that stand still."""
         found = []
         for note in self.notes.glob("*.pid"):
             with contextlib.suppress(OSError):
                 state = Path(f"/proc/{note.stem}/stat").read_text().rpartition(")")[2].split()[0]
-                if state not in "ZX":
+                if state in states:
                     found.append(int(note.stem))
         return found
 
@@ -395,12 +396,13 @@ def _damage_checkpoint(judge: Judge, how: str) -> None:
     folder = _midway(judge)
     checkpoints = sorted(folder.glob("step-*"))
     file = judge.draw.choice(sorted(path.name for path in checkpoints[-1].iterdir()))
-    every = judge.draw.random() < 0.25
+    which = judge.draw.choice(["newest", "newest", "all", "older"])
     where = judge.draw.random()
-    judge.told |= {"file": file, "how": how, "where": round(where, 4), "checkpoints": "all" if every else "newest"}
-    for checkpoint in checkpoints if every else checkpoints[-1:]:
+    judge.told |= {"file": file, "how": how, "where": round(where, 4), "checkpoints": which}
+    chosen = {"newest": checkpoints[-1:], "all": checkpoints, "older": checkpoints[:-1]}[which]
+    for checkpoint in chosen:
         faults.damage(checkpoint / file, how, where)
-    judge.comes_out_the_same((str(folder),) if every else ())
+    judge.comes_out_the_same(() if which == "newest" else (str(folder),))
 
 
 @kind("checkpoint: a bit flipped", 30, ALONE)
@@ -437,6 +439,269 @@ def clock(judge: Judge) -> None:
     if ended.code != 0:
         raise Lost(f"ended with {ended.code}: {ended.said[-600:]}")
     judge.is_the_same()
+
+
+@kind("cache: a file damaged", 36, ALONE)
+def cache_damaged(judge: Judge) -> None:
+    """The cache of a finished run, one of its files flipped, cut off or gone; the next run finds it."""
+    shutil.copytree(judge.arena.work / f"cache {judge.subject}", judge.cache)
+    file = judge.draw.choice(sorted(path for path in judge.cache.rglob("*") if path.is_file()))
+    how, where = judge.draw.choice(["flip", "flip", "truncate", "remove"]), judge.draw.random()
+    judge.told |= {"file": str(file.relative_to(judge.cache)), "how": how, "where": round(where, 4)}
+    faults.damage(file, how, where)
+    ended = judge.arena.run(judge.first, judge.cache)
+    if ended.code != 0:
+        judge.ends_clearly(ended, (2, 3), str(judge.cache))
+        raise Refused(ended.refusal)
+    judge.is_the_same()
+
+
+@kind("cache: a scoring shard damaged", 10, ("scored",))
+def shard_damaged(judge: Judge) -> None:
+    instant = judge.instant(("write a shard",)) | {"do": "kill", "after": True}
+    judge.arena.run(judge.first, judge.cache, instant)
+    how, where = judge.draw.choice(["flip", "flip", "truncate"]), judge.draw.random()
+    judge.told |= {"how": how, "where": round(where, 4)}
+    for file in judge.out.glob("selection/shards/*/*.npz"):
+        faults.damage(file, how, where)
+    judge.comes_out_the_same()
+
+
+@kind("full disk (a small tmpfs)", 20, ALONE)
+def full_disk(judge: Judge) -> None:
+    """Too small for the run folder, or for the cache; enlarged before the resume."""
+    what = judge.draw.choice(["run", "run", "cache"])
+    usual = judge.arena.work / (f"undisturbed {judge.subject}" if what == "run" else f"cache {judge.subject}")
+    pages = sum(-(-file.stat().st_size // 4096) for file in usual.rglob("*") if file.is_file())
+    size = int(judge.draw.uniform(0.1, 0.95) * pages) * 4096
+    judge.told |= {"of": what, "bytes": size}
+    disk = judge.arena.work / "disk"
+    with mounted(disk, f"size={size}"):
+        if what == "run":
+            judge.out = disk / "run"
+        else:
+            judge.cache = disk / "cache"
+        ended = judge.arena.run(judge.first, judge.cache)
+        if ended.code != 0:
+            judge.ends_clearly(ended, (4,), "the disk is full")
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        judge.comes_out_the_same() if ended.code else judge.is_the_same()
+
+
+@kind("full disk at a write", 16, (*ALONE, "scored x2"))
+def no_space(judge: Judge) -> None:
+    points = ("write tensors", "write plain state", "write json", "keep in the cache", "write a shard", "write a line")
+    ended = judge.arena.run(judge.first, judge.cache, {"do": "space", **judge.instant(points)})
+    judge.ends_clearly(ended, (4,), "the disk is full")
+    judge.comes_out_the_same()
+
+
+@kind("read-only folder", 14, ALONE)
+def read_only(judge: Judge) -> None:
+    """A folder of the run can no longer be written in, from some step on; or nothing can, from the start."""
+    if judge.draw.random() < 0.3:
+        _midway(judge)
+        disk = judge.arena.work / "disk"
+        with mounted(disk, "size=64m"):
+            shutil.copytree(judge.out, disk / "run")
+            judge.out = disk / "run"
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            judge.told["folder"] = "all, while resuming"
+            judge.ends_clearly(judge.arena.run(judge.again, judge.cache), (2,), str(disk))
+            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+            judge.comes_out_the_same()
+        return
+    if subprocess.run(["chattr", "+i", str(judge.arena.rows)], capture_output=True).returncode:
+        raise Skipped("no file may be made immutable here")
+    subprocess.run(["chattr", "-i", str(judge.arena.rows)], check=True)
+    folder = judge.draw.choice([".", "train", "train/checkpoints", "eval"])
+    fault = {**judge.instant(IN_A_STEP), "do": "read-only", "folder": str(judge.out / folder)}
+    fault["nth"] = max(2, fault["nth"])  # there is a checkpoint by then
+    judge.told |= {"folder": folder, "nth": fault["nth"]}
+    try:
+        ended = judge.arena.run(judge.first, judge.cache, fault)
+    finally:
+        subprocess.run(["chattr", "-R", "-i", str(judge.out)], check=True)
+    if ended.code != 0:
+        judge.ends_clearly(ended, (2,), str(judge.out))
+    judge.comes_out_the_same()
+
+
+@kind("two runs in one folder", 10, (*ALONE, "lisa x2"))
+def two_runs(judge: Judge) -> None:
+    """The first one stands still while a second one is started with the same folder."""
+    other = Arena(judge.arena.work, "second")
+    process = judge.arena.start(judge.first, judge.cache, {"do": "stop", **judge.instant(IN_A_STEP)})
+    deadline = time.monotonic() + LIMIT
+    while not (stopped := judge.arena.alive("T")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    words = judge.draw.choice([judge.first, judge.again])
+    judge.told["second"] = words[-1].partition("=")[0]
+    second = other.run(words, judge.cache)
+    for number in stopped:
+        os.kill(number, signal.SIGCONT)
+    ended = judge.arena.finish(process)
+    judge.ends_clearly(second, (2,), str(judge.out))
+    if ended.code != 0:
+        raise Lost(f"the first run ended with {ended.code}: {ended.said[-600:]}")
+    judge.is_the_same()
+
+
+def _renamed(tensors: dict[str, Any]) -> None:
+    name = min(tensors)
+    tensors[f"{name}_of_old"] = tensors.pop(name)
+
+
+def _narrowed(tensors: dict[str, Any]) -> None:
+    for name in tensors:
+        tensors[name] = tensors[name].astype("float16")
+
+
+def _reshaped(tensors: dict[str, Any]) -> None:
+    name = min(tensors)
+    tensors[name] = tensors[name].reshape(-1)[:-1].copy()
+
+
+def _one_less(plain: dict[str, Any]) -> None:
+    plain.pop("trained_tokens")
+
+
+VERSIONS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # what another version of ftrun would write otherwise
+    "progress has one more key": ("progress.json", lambda plain: plain.update(samples=12)),
+    "progress lacks a key": ("progress.json", _one_less),
+    "progress is of another format": ("progress.json", lambda plain: plain.update(format=99)),
+    "the optimiser's tree is told otherwise": (
+        "optimizer.json",
+        lambda plain: plain.update(tree=plain.pop("__dict__")),
+    ),
+    "the adapter's state is a list": ("adapter_state.json", lambda plain: [plain]),
+    "parameters have other names": ("trainable.safetensors", _renamed),
+    "parameters are half as wide": ("trainable.safetensors", _narrowed),
+    "a parameter has another shape": ("trainable.safetensors", _reshaped),
+    "the optimiser's state is half as wide": ("optimizer.safetensors", _narrowed),
+    "the optimiser's state has other names": ("optimizer.safetensors", _renamed),
+    "the settings have one more key": ("../../../identity.json", lambda plain: plain["train"].update(shuffle=True)),
+    "the settings lack a key": ("../../../identity.json", lambda plain: plain["data"].pop("unfit")),
+    "the config has one more key": ("../../../config.yaml", lambda text: text + "shuffle: true\n"),
+    "the lock names other versions": (
+        "../../../lock.json",
+        lambda plain: plain.update(versions={"ftrun": "0.0.1", "torch": "1.0"}),
+    ),
+}
+
+
+@kind("another version wrote it", len(VERSIONS) * 2, ("scored", "lisa"))
+def version_skew(judge: Judge) -> None:
+    """The newest two checkpoints, or the run's record, as another version would have left them: whole, but different."""
+    change = list(VERSIONS)[judge.fault.number // 2 % len(VERSIONS)]
+    file, edit = VERSIONS[change]
+    judge.told["change"] = change
+    folder = _midway(judge)
+    for checkpoint in sorted(folder.glob("step-*")):
+        rewrite((checkpoint / file).resolve(), edit)
+        if ".." in file:
+            break
+        seal(checkpoint)
+    judge.comes_out_the_same((str(judge.out),))
+
+
+def rewrite(file: Path, edit: Callable[[Any], Any]) -> None:
+    """Change a file's content as another program would; ``edit`` changes it in place or returns the new one."""
+    if file.suffix == ".safetensors":
+        from safetensors.numpy import load_file, save_file
+
+        tensors = load_file(file)
+        if tensors:
+            edit(tensors)
+            save_file(tensors, file)
+    elif file.suffix == ".json":
+        plain = json.loads(file.read_text()) if file.exists() else {}
+        changed = edit(plain)
+        file.write_text(json.dumps(plain if changed is None or not isinstance(changed, list) else changed))
+    else:
+        file.write_text(edit(file.read_text()))
+
+
+def seal(folder: Path) -> None:
+    """A manifest that fits what lies there."""
+    manifest = folder / "manifest.json"
+    entries = json.loads(manifest.read_text())
+    for name, entry in entries.items():
+        content = (folder / name).read_bytes()
+        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.write_text(json.dumps(entries))
+
+
+@kind("the run's record cut off", 14, ALONE)
+def record_cut(judge: Judge) -> None:
+    """As a machine that loses power leaves files that were renamed before their content was on the disk."""
+    _midway(judge)
+    names = ("identity.json", "config.yaml", "eval/before.json", "selection/selected.jsonl")
+    file = judge.draw.choice([name for name in names if (judge.out / name).exists()])
+    where = judge.draw.choice([0.0, judge.draw.random()])
+    judge.told |= {"file": file, "where": round(where, 4)}
+    faults.damage(judge.out / file, "truncate", where)
+    judge.comes_out_the_same((file,))
+
+
+@kind("the base model changed before the resume", 6, ALONE)
+def base_changed(judge: Judge) -> None:
+    _midway(judge)
+    weights = judge.arena.model / "model.safetensors"
+    before = weights.read_bytes()
+    try:
+        where = judge.draw.uniform(0.5, 1.0)
+        judge.told["where"] = round(where, 4)
+        faults.damage(weights, "flip", where)
+        judge.comes_out_the_same((str(judge.arena.model),))
+    finally:
+        weights.write_bytes(before)
+
+
+@kind("a process of two dies", 14, TEAMS)
+def one_dies(judge: Judge) -> None:
+    rank = judge.draw.randrange(2)
+    ended = judge.arena.run(judge.first, judge.cache, {"do": "kill", **judge.instant(IN_TEAM, rank)})
+    judge.ends_clearly(ended, (4, 5), f"process {rank}")
+    judge.comes_out_the_same()
+
+
+@kind("the launcher of two is killed", 8, TEAMS)
+def launcher_dies(judge: Judge) -> None:
+    _hit_at_random(judge, signal.SIGKILL)
+    judge.comes_out_the_same()
+
+
+@kind("a process of two hangs", 8, TEAMS)
+def one_hangs(judge: Judge) -> None:
+    rank = judge.draw.randrange(2)
+    words = [*judge.first[:-1], "launch.timeout=0.1", judge.first[-1]]
+    ended = judge.arena.run(words, judge.cache, {"do": "stop", **judge.instant(IN_TEAM, rank)})
+    judge.ends_clearly(ended, (5,), f"process {rank}", f"rank {rank}")
+    judge.comes_out_the_same()
+
+
+@kind("a process of two is out of memory", 6, TEAMS)
+def one_out_of_memory(judge: Judge) -> None:
+    rank = judge.draw.randrange(2)
+    fault = judge.instant(("clip", "update"), rank) | {"do": "memory", "variant": judge.draw.randrange(3)}
+    judge.ends_clearly(judge.arena.run(judge.first, judge.cache, fault), (4,), "memory")
+    judge.comes_out_the_same()
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A small file system of its own. Raises Skipped where this process may mount none."""
+    folder.mkdir(exist_ok=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "torture", str(folder)], capture_output=True, text=True
+    )
+    if made.returncode:
+        raise Skipped(f"no file system may be mounted here ({made.stderr.strip()})")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 # ---- the campaign ----

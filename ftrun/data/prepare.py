@@ -19,7 +19,7 @@ from ftrun.data.records import Record
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.runs.artifacts import MANIFEST, digest, disk_guard, whole_folder
+from ftrun.runs.artifacts import digest, disk_guard, is_whole, whole_folder
 from ftrun.runs.stagecache import Key, key_of
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def prepare(
         )
     key = cache_key(pool, tokenizer, data, max_length, vocab_size, labels)
     target = folder / key.digest
-    if not (target / MANIFEST).exists():
+    if not is_whole(target):
         renderer = Renderer(tokenizer, data.train_on, labels or ())
         with whole_folder(target) as beside:
             _Preflight(pool, renderer, data, max_length, vocab_size).run(beside, report)

@@ -41,6 +41,15 @@ def write_text(path: Path, text: str) -> None:
             beside.unlink(missing_ok=True)
 
 
+def whole_json(path: Path) -> bool:
+    """Whether this file is there and can be read: a machine that lost power may have kept its name alone."""
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def strict(value: Any) -> Any:
     """Plain values with NaN and infinity as None, which strict JSON cannot say."""
     if isinstance(value, float) and not math.isfinite(value):

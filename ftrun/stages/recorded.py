@@ -20,7 +20,7 @@ from ftrun.reporting.html import write_report
 from ftrun.reporting.selection import write_selection_report
 from ftrun.reporting.terminal import results_table
 from ftrun.runs import lockfile, memory
-from ftrun.runs.artifacts import RunLock, full_disk_guard, new_run_folder, write_json, write_text
+from ftrun.runs.artifacts import RunLock, full_disk_guard, new_run_folder, whole_json, write_json, write_text
 from ftrun.runs.progress import Reporter
 from ftrun.training.context import Context
 from ftrun.training.distributed import Team
@@ -183,6 +183,12 @@ class RecordedRun:
 
     def _check_resumed(self, identity: dict[str, Any]) -> None:
         file = self.ctx.out / "identity.json"
+        if file.exists() and not whole_json(file):
+            raise CheckpointError(
+                f"{file.name} of the run is damaged: what the run was started with is not known",
+                str(file),
+                "Start a new run.",
+            )
         before = json.loads(file.read_text()) if file.exists() else {}
         if before.get("recipe") != identity["recipe"]:
             raise CheckpointError(
