@@ -276,9 +276,7 @@ class Trainer:
     # ---- pieces of a step ----
 
     def _my_batches(self, step: int) -> list[Batch]:
-        lengths = self._input_lengths
-        per_row = lengths.reshape(len(self.table), -1).sum(axis=1)
-        rows = deal(self.plan.step(step), per_row, self.team.world_size)[self.team.rank]
+        rows = deal(self.plan.step(step), self._row_lengths, self.team.world_size)[self.team.rank]
         return self._micro_batches(rows) if len(rows) else []
 
     def _micro_batches(self, rows: np.ndarray) -> list[Batch]:
@@ -293,6 +291,11 @@ class Trainer:
     def _input_lengths(self) -> np.ndarray:
         """Inputs of every sequence, (sequences,)."""
         return np.asarray(self.tokens.input_lengths(self.table))
+
+    @functools.cached_property
+    def _row_lengths(self) -> np.ndarray:
+        """Inputs of every row of the table, (rows,)."""
+        return self._input_lengths.reshape(len(self.table), -1).sum(axis=1)
 
     def _clip(self) -> float:
         return self.strategy.clip(list(self.parameters.values()), self.settings.max_grad_norm)
