@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -676,6 +677,8 @@ def launcher_dies(judge: Judge) -> None:
 
 @kind("a process of two hangs", 8, TEAMS)
 def one_hangs(judge: Judge) -> None:
+    if importlib.util.find_spec("ftrun.training.agent") is None:
+        raise Skipped("no agent watches the processes of this version")
     rank = judge.draw.randrange(2)
     words = [*judge.first[:-1], "launch.timeout=0.1", judge.first[-1]]
     ended = judge.arena.run(words, judge.cache, {"do": "stop", **judge.instant(IN_TEAM, rank)})
@@ -829,6 +832,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop beginning faults after this time")
     parser.add_argument("--only", type=int, nargs="+", help="these faults again, by number")
+    parser.add_argument("--numbers", type=int, nargs=2, help="only those from one number to another")
     parser.add_argument("--kind", help="only kinds whose name holds this")
     parser.add_argument("--short", type=int, help="this many faults, of every kind")
     parser.add_argument("--table", type=Path, help="write the table here when nothing is left to try")
@@ -837,6 +841,8 @@ def main() -> None:
         chosen = plan(options.seed, options.short)
         if options.only:
             chosen = [fault for fault in chosen if fault.number in options.only]
+        if options.numbers:
+            chosen = [fault for fault in chosen if options.numbers[0] <= fault.number <= options.numbers[1]]
         if options.kind:
             chosen = [fault for fault in chosen if options.kind in fault.kind]
         found = campaign(options.work, options.seed, chosen, options.seconds, again=bool(options.only))
