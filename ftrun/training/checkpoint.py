@@ -209,11 +209,17 @@ def _fill(path: Path, name: str, into: dict[str, Tensor]) -> None:
 def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
     """The newest complete checkpoint below ``folder``, and the damaged ones that were passed over."""
     damaged = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in _newest_first(folder):
         if is_whole(path):
             return path, damaged
         damaged.append(path)
     return None, damaged
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """Checkpoints by their step; a copy that somebody has made beside them is none."""
+    steps = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdigit()}
+    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def sweep(folder: Path) -> None:
@@ -224,7 +230,7 @@ def sweep(folder: Path) -> None:
 
 def prune(folder: Path, keep: int, spare: int | None) -> None:
     """Delete all but the newest ``keep`` checkpoints; the one of step ``spare`` stays."""
-    for path in sorted(folder.glob("step-*"), reverse=True)[keep:]:
+    for path in _newest_first(folder)[keep:]:
         if spare is None or path.name != f"step-{spare:06d}":
             (path / MANIFEST).unlink(missing_ok=True)  # what is half deleted must not look whole
             shutil.rmtree(path)

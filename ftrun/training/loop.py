@@ -29,7 +29,7 @@ from ftrun.errors import CheckpointError, ComponentError, DataError, Interrupted
 from ftrun.models.bundle import Bundle
 from ftrun.models.fast import packs_for_free
 from ftrun.runs import memory
-from ftrun.runs.artifacts import is_whole, strict
+from ftrun.runs.artifacts import is_whole, strict, write_text
 from ftrun.schedules.base import Schedule
 from ftrun.training import checkpoint, weightlog
 from ftrun.training.checkpoint import Progress
@@ -387,7 +387,7 @@ class Trainer:
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.progress.step]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
         return path.open("a")
 
     def _log(self, facts: dict[str, float], metrics: TextIO | None, bar: Any) -> None:

@@ -92,3 +92,19 @@ def test_a_progress_that_lacks_a_number_is_refused(saved):
     (saved / "progress.json").write_text(json.dumps(plain))
     with pytest.raises(CheckpointError, match="cannot read"):
         checkpoint.progress_of(saved)
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{", '{"progress.json": {}}', '{"progress.json": 3}', "null", "\\x00"])
+def test_a_damaged_manifest_is_no_whole_checkpoint(manifest, saved):
+    assert checkpoint.newest_whole(saved.parent) == (saved, [])
+    (saved / "manifest.json").write_text(manifest)
+    assert checkpoint.newest_whole(saved.parent) == (None, [saved])
+
+
+def test_the_millionth_step_is_newer_than_those_before(tmp_path):
+    for step in (999_998, 999_999, 1_000_000):
+        checkpoint.save(tmp_path, Progress(step=step), *parts(), team=None)
+    (tmp_path / "step-999999 kept").mkdir()
+    assert checkpoint.newest_whole(tmp_path)[0].name == "step-1000000"
+    checkpoint.prune(tmp_path, keep=2, spare=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1000000", "step-999999", "step-999999 kept"]

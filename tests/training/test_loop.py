@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from warm_processes import Popen
 
 import ftrun
+from ftrun import registry
 from ftrun.errors import CheckpointError, ComponentError, ConfigError
 from ftrun.runs.artifacts import whole_folder
 from ftrun.training.loop import deal
@@ -287,6 +288,27 @@ def test_out_not_writable(tiny_dir, rows_file, tmp_path):
     file.write_text("")
     with pytest.raises(ConfigError, match="cannot write"):
         train(*words("lora", tiny_dir, rows_file, file / "below"))
+
+
+def test_folder_read_only_from_the_end_of_training_on(tiny_dir, rows_file, tmp_path, monkeypatch):
+    """Whatever writes then, the user hears which folder it is; a user who is root cannot be refused by its mode."""
+    from ftrun.runs import artifacts
+
+    def refused(*_, **__):
+        raise PermissionError(1, "Operation not permitted", str(tmp_path / "run" / "adapter"))
+
+    monkeypatch.setattr(type(registry.build("adapter", "lora")), "save", refused)
+    with pytest.raises(ConfigError, match="cannot write adapter: Operation not permitted") as caught:
+        train(*words("lora", tiny_dir, rows_file, tmp_path / "run"))
+    assert str(tmp_path / "run") in str(caught.value)
+    for folder, raised in [
+        (tmp_path, PermissionError(13, "Permission denied", "/elsewhere/model.json")),  # read, not written
+        (tmp_path, ValueError("no matter of disks")),
+    ]:
+        with pytest.raises(type(raised)), artifacts.run_guard(folder):
+            raise raised
+    with pytest.raises(ConfigError), artifacts.run_guard(tmp_path):
+        raise RuntimeError("Error while serializing: I/O error: Read-only file system (os error 30)")
 
 
 def test_disk_full_while_saving(tiny_dir, rows_file, tmp_path, monkeypatch):
