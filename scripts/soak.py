@@ -3,12 +3,14 @@
     nice -n 19 python scripts/soak.py --json docs/soak.json --svg docs/soak.svg
 
 The run is one command of ftrun, with its log of metrics, checkpoints and held-out losses; it is watched from outside.
-Exit code 1 where something grows from the first to the last quarter by more than `GROWTH` says. About 20 ms a step.
+The time of a step is the processor's, checkpoints and evaluations included: other work on the machine does not count.
+Exit code 1 where something grows from the second to the last quarter by more than `GROWTH` says. About 12 ms a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -26,42 +28,53 @@ GROWTH = {"memory": 0.05, "open files": 0.0, "seconds a step": 0.15}  # from the
 UNITS = {"memory": "MB", "open files": "", "seconds a step": "ms"}
 
 
-def watch(words: list[str], environment: dict[str, str], seconds: float) -> list[dict[str, float]]:
-    """Run a command; resident bytes and open files of its process, as often as that. Exits where the command fails."""
+def watch(words: list[str], environment: dict[str, str], metrics: Path, seconds: float) -> list[dict[str, float]]:
+    """Run a command, and look at its process as often as that from its first step on. Exits where the command fails."""
     seen: list[dict[str, float]] = []
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen([sys.executable, "-m", "ftrun", *words], env=environment, stdout=said, stderr=said)
-        own = Path(f"/proc/{process.pid}")
         while process.poll() is None:
-            try:
-                pages, handles = int((own / "statm").read_text().split()[1]), len(list((own / "fd").iterdir()))
-            except OSError:
-                break  # it has just ended
-            seen.append({"at": time.time(), "memory": pages * os.sysconf("SC_PAGE_SIZE"), "open files": handles})
             time.sleep(seconds)
+            step = last_step(metrics)
+            if step and (seen[-1]["step"] if seen else 0) < step:
+                with contextlib.suppress(OSError):  # it has just ended
+                    seen.append({"step": step, **look(Path(f"/proc/{process.pid}"))})
         if process.wait():
             said.seek(0)
             sys.exit(said.read()[-2000:])
     return seen
 
 
-def curve(seen: list[dict[str, float]], metrics: Path, steps: int) -> dict[str, list[float]]:
-    """Memory, open files and seconds a step over the steps, a hundred places each."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    trained = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in trained] == list(range(1, steps + 1)), "steps are missing in metrics.jsonl"
-    tokens = np.diff([0, *(line["tokens"] for line in trained)])
-    spent = tokens / np.array([line["tokens_per_s"] for line in trained])
-    cuts = np.array_split(np.arange(steps), 100)
-    held = np.array([line["memory_bytes"] for line in trained])
-    # the process is watched by the clock; its steps are told by the time that they took
-    own = np.array([row["open files"] for row in seen])
-    place = np.linspace(0, len(own) - 1, 100).round().astype(int)
+def look(process: Path) -> dict[str, float]:
+    """Resident memory, open files and the seconds of processor that a process has used."""
+    ticks = (process / "stat").read_text().rpartition(")")[2].split()[11:13]
     return {
-        "step": [float(cut[-1] + 1) for cut in cuts],
-        "memory": [float(np.median(held[cut])) for cut in cuts],
-        "open files": [float(count) for count in own[place]],
-        "seconds a step": [float(np.median(spent[cut])) for cut in cuts],
+        "memory": int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+        "open files": len(list((process / "fd").iterdir())),
+        "seconds": sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"),
+    }
+
+
+def last_step(metrics: Path) -> int:
+    """The step of the last whole line of metrics.jsonl; 0 while there is none."""
+    if not metrics.exists():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 2000))
+        lines = file.read().split(b"\n")[:-1]
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def curve(seen: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Memory, open files and processor seconds a step over the steps, at most a hundred places."""
+    pieces = [piece for piece in np.array_split(np.array([list(row.values()) for row in seen]), 100) if len(piece)]
+    ends = np.array([piece[-1] for piece in pieces])
+    steps, spent = np.diff(ends[:, 0]), np.diff(ends[:, 3])
+    return {
+        "step": ends[1:, 0].tolist(),
+        "memory": [float(np.median(piece[:, 1])) for piece in pieces[1:]],
+        "open files": [float(np.median(piece[:, 2])) for piece in pieces[1:]],
+        "seconds a step": (spent / steps).tolist(),
     }
 
 
@@ -113,8 +126,11 @@ def soak(folder: Path, steps: int, every: int) -> dict[str, list[float]]:
         f"train.eval_steps={every}",
     ]
     environment = os.environ | {"FTRUN_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    seen = watch(words, environment, seconds=1.0)
-    return curve(seen, out / "train" / "metrics.jsonl", steps)
+    metrics = out / "train" / "metrics.jsonl"
+    values = curve(watch(words, environment, metrics, seconds=0.2))
+    trained = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
+    assert trained == list(range(1, steps + 1)), "steps are missing in metrics.jsonl"
+    return values
 
 
 def main() -> None:
