@@ -44,6 +44,14 @@ def test_what_is_no_clear_refusal():
         assert torture.Ended(code, said).refusal is None, said
 
 
+def test_a_silent_difference_is_lost(monkeypatch, tmp_path):
+    judge = object.__new__(torture.Judge)
+    judge.out, judge.whole = tmp_path, {"bits": {"weights": "1", "metrics.jsonl": [1.0]}}
+    monkeypatch.setattr(torture, "bits", lambda out: {"weights": "1", "metrics.jsonl": [1.0000001]})
+    with pytest.raises(torture.Lost, match=r"silently in metrics\.jsonl"):
+        judge.is_the_same()
+
+
 def test_a_curve_that_grows_is_seen():
     flat = [1.0] * 100
     assert soak.growth(flat) == 0
