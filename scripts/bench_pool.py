@@ -1,7 +1,9 @@
-"""Time and memory of `ftrun select` over pools of ten thousand to a million rows.
+"""Time and memory of `ftrun select` and of `ftrun train` over pools of ten thousand to five million rows.
 
 Every measurement is a process of its own with an empty cache; "scored" is superfiltering under a random model of one
-layer and 500 words, so that what is measured is not the model; the others count tokens by the demo's tokenizer. The first size of a recipe is the baseline of its ratios. Start with
+layer and 500 words, so that what is measured is not the model; "train" trains it for three steps of one epoch, so that only reading, checking and tokenising count; the others count
+tokens by the demo's tokenizer. Memory is what the process holds for itself; pages of files that it has mapped come on
+top, and the system takes them back when it needs them: ``resident`` counts those too. Start with
 `python scripts/bench_pool.py --json pool.json`; sizes, recipes and threads can be chosen.
 """
 
@@ -11,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,12 +21,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-SIZES = [10_000, 100_000, 1_000_000]
+SIZES = [10_000, 100_000, 1_000_000, 5_000_000]
 RECIPES = {
-    "random": ["recipe=random"],
-    "longest": ["recipe=longest"],
-    "scored": ["recipe=superfiltering"],
+    "random": ["select", "recipe=random", "budget=0.05"],
+    "longest": ["select", "recipe=longest", "budget=0.05"],
+    "scored": ["select", "recipe=superfiltering", "budget=0.05"],
+    "train": ["train", "recipe=lora_sft", "adapter.r=2", "train.max_steps=3", "data.heldout=0.01", "eval=[heldout]"],
 }
+OWN_MODEL = ("scored", "train")  # these use the made-up one
+AT_MOST = 12  # times the seconds for ten times the rows
 WORDS = 500  # of a made-up language
 
 
@@ -34,11 +40,12 @@ def made_up_words() -> list[str]:
 
 
 def make_pool(file: Path, rows: int) -> None:
-    """Alpaca rows of about 650 bytes, the same for the same number of rows."""
+    """Alpaca rows of about 650 bytes, no two the same; a larger pool begins with the rows of a smaller one."""
     draw, words = random.Random(1), made_up_words()
     with file.open("w") as out:
-        for _ in range(rows):
+        for number in range(rows):
             asked, said = (" ".join(draw.choices(words, k=draw.randint(*span))) for span in ((8, 40), (5, 140)))
+            asked += f" {number}"
             out.write(json.dumps({"instruction": asked, "input": "", "output": said}) + "\n")
 
 
@@ -70,19 +77,29 @@ def make_model(folder: Path) -> None:
 
 
 def measure(words: list[str], folder: Path) -> dict[str, Any]:
-    """Seconds, peak memory of the process and outcome of one command."""
+    """Seconds and peak memory of one command: its own, and resident with mapped files. Exits where it fails."""
     environment = os.environ | {"FTRUN_CACHE": str(folder / "cache")}
-    started = time.perf_counter()
+    started, own = time.perf_counter(), 0
     with (folder / "said").open("w") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ftrun", "select", *words], stderr=said, stdout=said, env=environment
-        )
-        _, status, used = os.wait4(process.pid, 0)
+        process = subprocess.Popen([sys.executable, "-m", "ftrun", *words], stderr=said, stdout=said, env=environment)
+        ended = 0
+        while not ended:
+            own = max(own, _anonymous(process.pid))
+            time.sleep(0.1)
+            ended, status, used = os.wait4(process.pid, os.WNOHANG)
     seconds = time.perf_counter() - started
-    code = os.waitstatus_to_exitcode(status)
-    if code != 0:
+    if os.waitstatus_to_exitcode(status) != 0:
         sys.exit((folder / "said").read_text())
-    return {"seconds": seconds, "bytes": used.ru_maxrss * 1024}
+    return {"seconds": seconds, "bytes": own, "resident": used.ru_maxrss * 1024}
+
+
+def _anonymous(pid: int) -> int:
+    """Memory of a process that no file backs."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def main() -> None:
@@ -90,6 +107,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--scratch", type=Path, help="folder with room for pool and tokens: 5 KB a row")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "RAYON_NUM_THREADS": str(options.threads)}
@@ -97,28 +115,35 @@ def main() -> None:
 
     print(f"{processor()}, float32, {options.threads} threads")
     lines: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
         make_model(folder / "model")
         make_pool(folder / "pool.jsonl", 100)  # the demo's model is converted once, which is not what is measured
-        measure(["recipe=random", "budget=10", f"data.path={folder / 'pool.jsonl'}", f"out={folder / 'first'}"], folder)
+        measure(
+            ["select", "recipe=random", "budget=10", f"data.path={folder / 'pool.jsonl'}", f"out={folder / 'first'}"],
+            folder,
+        )
         for size in options.sizes:
             make_pool(folder / "pool.jsonl", size)
             for name in options.recipes:
+                shutil.rmtree(folder / "cache" / "data", ignore_errors=True)
                 words = [*RECIPES[name], f"data.path={folder / 'pool.jsonl'}", f"out={folder / f'{name}-{size}'}"]
-                words += ["budget=0.05", f"launch.threads={options.threads}"]
-                words += [f"model.path={folder / 'model'}"] * (name == "scored")
-                found = measure(words, folder)
-                first = next((line for line in lines if line["recipe"] == name), found)
-                line = {"recipe": name, "rows": size, **found, "ratio": found["seconds"] / first["seconds"]}
+                words += [f"launch.threads={options.threads}"]
+                words += [f"model.path={folder / 'model'}"] * (name in OWN_MODEL)
+                line = {"recipe": name, "rows": size, **measure(words, folder)}
+                before = next((one for one in reversed(lines) if one["recipe"] == name), None)
+                if before:
+                    line["for_ten_times"] = line["seconds"] / before["seconds"] * 10 / (size / before["rows"])
                 lines.append(line)
                 print(
-                    f"{name:8} {size:>9,} rows {found['seconds']:8.1f} s {found['bytes'] / 1e9:6.2f} GB  "
-                    f"{line['ratio']:5.1f}x of {first.get('rows', size):,} rows",
+                    f"{name:8} {size:>9,} rows {line['seconds']:8.1f} s {line['bytes'] / 1e9:6.2f} GB own "
+                    f"{line['resident'] / 1e9:6.2f} GB resident"
+                    + (f"  {line['for_ten_times']:5.1f}x for 10x" if before else ""),
                     flush=True,
                 )
     if options.json:
         options.json.write_text(json.dumps(lines, indent=1))
+    sys.exit(any(line.get("for_ten_times", 0) > AT_MOST for line in lines))
 
 
 if __name__ == "__main__":

@@ -146,6 +146,8 @@ def _stream(wanted: int | None, number: int, text: bool) -> tuple[IO[Any] | None
         return (io.TextIOWrapper(raw) if text else raw), Connection(theirs, readable=False)
     if wanted == subprocess.DEVNULL:
         return None, Connection(os.open(os.devnull, os.O_WRONLY), readable=False)
+    if wanted is not None and wanted >= 0:
+        return None, Connection(os.dup(wanted), readable=False)
     return None, Connection(os.dup(number if wanted is None else wanted), readable=False)
 
 
@@ -176,6 +178,8 @@ def _become(
         first()
     start_workers_warm()
     use_one_thread()
+    if before := os.environ.get("WARM_BEFORE"):  # a program that prepares the process: its workers inherit it
+        exec(compile(before, "<before>", "exec"), {})
     kind, what, *rest = words
     if kind == "-m":
         sys.argv = [what, *rest]

@@ -19,7 +19,7 @@ from ftrun.data.records import Record
 from ftrun.data.render import Renderer
 from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
-from ftrun.runs.artifacts import MANIFEST, digest, disk_guard, whole_folder
+from ftrun.runs.artifacts import disk_guard, is_whole, whole_folder
 from ftrun.runs.stagecache import Key, key_of
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def prepare(
         )
     key = cache_key(pool, tokenizer, data, max_length, vocab_size, labels)
     target = folder / key.digest
-    if not (target / MANIFEST).exists():
+    if not is_whole(target):
         renderer = Renderer(tokenizer, data.train_on, labels or ())
         with whole_folder(target) as beside:
             _Preflight(pool, renderer, data, max_length, vocab_size).run(beside, report)
@@ -99,7 +99,7 @@ def cache_key(
     pool: Pool, tokenizer: Any, data: DataConfig, max_length: int, vocab_size: int, labels: list[str | int] | None
 ) -> Key:
     """All that the tokens depend on, the code that makes them included."""
-    ids = digest(pool.ids.tolist()) if len(pool) < len(pool.index) else len(pool)
+    ids = pool.chosen if len(pool) < len(pool.index) else len(pool)
     asked = ("overlong", "unfit", "train_on", "system", "format", "columns")
     settings = {name: getattr(data, name) for name in asked} | {"ignore": sorted(data.ignore), "max_length": max_length}
     what = {

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+CHUNK = 8192  # sequences looked at at a time
+HASHED = 1 << 22  # numbers hashed at a time
+
 
 @dataclass
 class Sequence:
@@ -70,20 +73,24 @@ class TokenTable:
 
     def trained_counts(self) -> np.ndarray:
         """Trained tokens of every sequence, (sequences,); the first token of a sequence can never be a target."""
-        trained = np.asarray(self.loss_weight) > 0
-        if len(trained):
-            trained = trained.copy()
-            trained[np.minimum(self.offsets[:-1], len(trained) - 1)[self.lengths > 0]] = False
-        sums = np.concatenate([[0], np.cumsum(trained)])
-        return sums[self.offsets[1:]] - sums[self.offsets[:-1]]
+        counts = np.zeros(len(self.record), np.int64)
+        for first in range(0, len(counts), CHUNK):
+            ends = np.asarray(self.offsets[first : first + CHUNK + 1])
+            trained = np.asarray(self.loss_weight[ends[0] : ends[-1]]) > 0
+            ends = ends - ends[0]
+            trained[ends[:-1][np.diff(ends) > 0]] = False
+            sums = np.concatenate([[0], np.cumsum(trained)])
+            counts[first : first + CHUNK] = sums[ends[1:]] - sums[ends[:-1]]
+        return counts
 
     def fingerprint(self) -> str:
         """Hash of all ids and weights: what the loss can depend on."""
         digest = hashlib.sha256()
         for array in (self.input_ids, self.loss_weight, self.offsets, self.label):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            _add(digest, array)
         for name, values in sorted(self.remembered.items()):
-            digest.update(name.encode() + np.ascontiguousarray(values).tobytes())
+            digest.update(name.encode())
+            _add(digest, values)
         return digest.hexdigest()[:16]
 
     def with_weights(self, loss_weight: np.ndarray) -> TokenTable:
@@ -144,6 +151,12 @@ class TokenTable:
             np.array([s.label for s in sequences], np.int64),
             sequences_per_row,
         )
+
+
+def _add(digest: hashlib._Hash, array: np.ndarray) -> None:
+    """The bytes of an array, which may not fit into memory as a whole."""
+    for start in range(0, len(array), HASHED):
+        digest.update(np.ascontiguousarray(array[start : start + HASHED]))
 
 
 def first_places(table: TokenTable) -> np.ndarray:

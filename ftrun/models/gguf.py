@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ftrun.errors import ConfigError, ResourceError
-from ftrun.runs.artifacts import cache_dir, digest
+from ftrun.models.filehashes import unchanged
+from ftrun.runs.artifacts import cache_dir, digest, whole_folder
 from ftrun.runs.lockfile import version
 
-CONVERSION = "1"  # raise it when the conversion changes
+CONVERSION = "2"  # raise it when the conversion changes
 CONVERTERS = ("transformers", "gguf")  # what reads the weights and the tokenizer
 EXACT_BYTES = 2 * 2**30  # larger files are kept in bfloat16, which is below their own rounding
 
@@ -33,12 +33,12 @@ def converted(gguf: Path) -> Path:
 
 
 def convert_once(gguf: Path, folder: Path, finish: Callable[[Any, Any], None] | None = None) -> Path:
-    """``folder``, filled from ``gguf`` unless it exists; written beside and renamed, by one process at a time.
+    """``folder``, filled from ``gguf`` unless it is there and whole; written beside and renamed, by one process at a time.
 
     ``finish`` may correct model and tokenizer before they are saved. Raises ConfigError where the package gguf is
     missing or cannot read the file, ResourceError when the disk is full.
     """
-    if folder.is_dir():
+    if ready(folder):
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError("reading a GGUF file needs the package gguf", str(gguf), "pip install gguf")
@@ -46,25 +46,29 @@ def convert_once(gguf: Path, folder: Path, finish: Callable[[Any, Any], None] | 
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(folder.name + ".lock")):
-        if folder.is_dir():  # another process converted it while this one waited
+        if unchanged(folder):  # another process converted it while this one waited
             return folder
         print(f"ftrun: converting {gguf.name} once, about half a minute ...", file=sys.stderr, flush=True)
-        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            _convert(gguf, unfinished, finish)
-            unfinished.rename(folder)
+            with whole_folder(folder) as unfinished:
+                _convert(gguf, unfinished, finish)
+        except ResourceError as error:
+            error.todo = "Set FTRUN_CACHE to a larger disk."
+            raise
         except OSError as error:
-            if error.errno == 28:
-                raise ResourceError(
-                    "the disk is full", str(folder.parent), "Set FTRUN_CACHE to a larger disk."
-                ) from error
             raise ConfigError(f"{gguf.name} cannot be read: {error}", str(gguf)) from error
         except (ValueError, KeyError, NotImplementedError) as error:
             raise ConfigError(f"transformers cannot read {gguf.name}: {error}", str(gguf)) from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+@functools.cache
+def ready(folder: Path) -> bool:
+    """Whether a converted model is there and whole, looked at once a process. A damaged one is said: it is made again."""
+    whole = unchanged(folder)
+    if folder.is_dir() and not whole:
+        print(f"ftrun: {folder} is damaged: it is made again", file=sys.stderr, flush=True)
+    return whole
 
 
 def _convert(gguf: Path, folder: Path, finish: Callable[[Any, Any], None] | None) -> None:

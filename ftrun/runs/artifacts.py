@@ -43,6 +43,15 @@ def write_text(path: Path, text: str) -> None:
             beside.unlink(missing_ok=True)
 
 
+def whole_json(path: Path) -> bool:
+    """Whether this file is there and can be read: a machine that lost power may have kept its name alone."""
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def strict(value: Any) -> Any:
     """Plain values with NaN and infinity as None, which strict JSON cannot say."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -92,6 +101,27 @@ def full_disk_guard(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def run_guard(folder: Path) -> Iterator[None]:
+    """The same for all that a run writes below its folder, by whichever library; what it fails to read is not meant."""
+    try:
+        with full_disk_guard(folder / "metrics and log"):
+            yield
+    except FtrunError:
+        raise
+    except Exception as error:
+        file = Path(os.path.abspath(getattr(error, "filename", None) or folder))
+        refused = isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename
+        refused = refused or any(f"(os error {number})" in str(error) for number in UNWRITABLE)  # as Rust says it
+        if refused and file.is_relative_to(os.path.abspath(folder)):
+            raise ConfigError(
+                f"cannot write {file.name}: {getattr(error, 'strerror', None) or error}",
+                str(file.parent if file != Path(os.path.abspath(folder)) else folder),
+                "Choose a folder that you may write with out=DIR, or make this one writable and resume.",
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder that appears complete or not at all: filled beside, a manifest of sizes and SHA-256 last, then renamed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -131,14 +161,14 @@ def is_whole(folder: Path) -> bool:
     """True when every file of the manifest is there with its size and hash."""
     try:
         entries = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return False
-    return all(
-        (folder / name).is_file()
-        and (folder / name).stat().st_size == entry["bytes"]
-        and sha256(folder / name) == entry["sha256"]
-        for name, entry in entries.items()
-    )
+        return all(
+            (folder / name).is_file()
+            and (folder / name).stat().st_size == entry["bytes"]
+            and sha256(folder / name) == entry["sha256"]
+            for name, entry in entries.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # the manifest itself is damaged
 
 
 def sha256(path: Path) -> str:

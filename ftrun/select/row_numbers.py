@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,14 +10,22 @@ import numpy as np
 if TYPE_CHECKING:
     from ftrun.data.pool import Pool
 
+CHUNK = 65_536  # rows whose hashes are Python numbers at a time
+
 
 def row_numbers(pool: Pool, *seed: int | str) -> np.ndarray:
     """A uniform number in [0, 1) for every row, from its content hash and the seed, (rows,)."""
-    copies: Counter[int] = Counter()
+    hashes = pool.hashes
+    values, counts = np.unique(hashes, return_counts=True)
+    copies = dict.fromkeys(values[counts > 1].tolist(), 0)  # of rows that say what another one says
+    del values, counts
     numbers = np.empty(len(pool))
-    for position, content in enumerate(pool.hashes.tolist()):
-        numbers[position] = _uniform(f"{content}/{copies[content]}/{seed}")
-        copies[content] += 1
+    for start in range(0, len(pool), CHUNK):
+        for position, content in enumerate(hashes[start : start + CHUNK].tolist(), start):
+            copy = copies.get(content, 0)
+            numbers[position] = _uniform(f"{content}/{copy}/{seed}")
+            if content in copies:
+                copies[content] = copy + 1
     return numbers
 
 

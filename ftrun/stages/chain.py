@@ -13,6 +13,7 @@ from ftrun.data.pool import Pool
 from ftrun.data.tokens import TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.objectives.base import Objective
+from ftrun.runs.artifacts import whole_json
 from ftrun.select.run import check_budget
 from ftrun.select.scoring.shared import Shared
 from ftrun.stages import attach, train
@@ -120,7 +121,7 @@ class Chain(RecordedRun):
     def _train(self, table: TokenTable) -> None:
         settings = self.settings
         path = train.newest_checkpoint(self.ctx)
-        measured = (self.ctx.out / "eval" / "before.json").exists()
+        measured = whole_json(self.ctx.out / "eval" / "before.json")
         if "eval" in settings.stages and settings.train.eval_before and not measured:
             self.evaluate("before")
         adapter, quant = settings.choice("adapter"), settings.choice("quant")

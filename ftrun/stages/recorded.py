@@ -22,7 +22,7 @@ from ftrun.reporting.html import write_report
 from ftrun.reporting.selection import write_selection_report
 from ftrun.reporting.terminal import results_table
 from ftrun.runs import lockfile, memory
-from ftrun.runs.artifacts import RunLock, full_disk_guard, new_run_folder, write_json, write_text
+from ftrun.runs.artifacts import RunLock, new_run_folder, run_guard, whole_json, write_json, write_text
 from ftrun.runs.progress import Reporter
 from ftrun.runs.state import holds_work
 from ftrun.scrub import scrubbed
@@ -125,7 +125,7 @@ class RecordedRun:
                 memory.memory_guard(
                     "the chain was at work", "Lower train.batch_tokens and select.batch_tokens, or use a smaller model."
                 ),
-                full_disk_guard(self.ctx.out / "metrics and log"),
+                run_guard(self.ctx.out),
             ):
                 self._open()
                 self.stages()
@@ -138,7 +138,8 @@ class RecordedRun:
             else {130: "interrupted", 143: "preempted"}.get(getattr(error, "exit_code", 5), "failed")
         )
         try:
-            summary = self.close(status, error)
+            with run_guard(self.ctx.out):
+                summary = self.close(status, error)
         except FtrunError as problem:
             if error is None:
                 raise
@@ -204,6 +205,12 @@ class RecordedRun:
 
     def _check_resumed(self, identity: dict[str, Any]) -> None:
         file = self.ctx.out / "identity.json"
+        if file.exists() and not whole_json(file):
+            raise CheckpointError(
+                f"{file.name} of the run is damaged: what the run was started with is not known",
+                str(file),
+                "Start a new run.",
+            )
         before = json.loads(file.read_text()) if file.exists() else {}
         if before.get("recipe") != identity["recipe"]:
             raise CheckpointError(
@@ -278,7 +285,8 @@ class RecordedRun:
     def saved_step(self) -> int:
         """The newest step that a checkpoint holds."""
         names = [path.name for path in (self.ctx.out / "train" / "checkpoints").glob("step-*")]
-        return max((int(name.removeprefix("step-")) for name in names), default=0)
+        steps = [name.removeprefix("step-") for name in names]
+        return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
 def logical_parameters(model: nn.Module) -> int:

@@ -79,7 +79,7 @@ def _key(pool: Pool, model: ModelConfig, tokenizer: Any, ctx: Context) -> Key:
             "data": settings.as_dict()["data"],
         },
         "rows": {
-            "pool": [pool.fingerprint, digest(pool.ids.tolist())],
+            "pool": [pool.fingerprint, pool.chosen],
             "queries": load_queries(settings).fingerprint if settings.select.queries else None,
             "files": load_rows(settings, scorer.files()).fingerprint,
         },

@@ -9,23 +9,30 @@ import contextlib
 import json
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as distributed
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import _getdtype, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from ftrun.errors import CheckpointError
+from ftrun.errors import CheckpointError, FtrunError
 from ftrun.runs.artifacts import MANIFEST, is_whole, whole_folder, write_json
 from ftrun.training.distributed import Team
 from ftrun.training.parts import Attached
+
+FORMAT = 1  # of a checkpoint; raise it when another version could not read what this one writes, or would misread it
+SAME_COMMAND = "Resume with the command that started the run."
+SAME_VERSION = (
+    "Resume with the version of ftrun that started the run (its lock.json or ftrun.log says which), or start a new run."
+)
 
 
 @dataclass
@@ -39,6 +46,7 @@ class Progress:
     best_step: int | None = None
     last_loss: float | None = None
     data: str = ""  # fingerprint of the token table
+    model: str = ""  # fingerprint of the base weights and the tokenizer
 
 
 def save(
@@ -89,31 +97,79 @@ def _save_slices(
 def _write_plain(folder: Path, plain: dict[str, Any], progress: Progress) -> None:
     for name, tree in plain.items():
         (folder / f"{name}.json").write_text(json.dumps(tree))
-    write_json(folder / "progress.json", asdict(progress))
+    write_json(folder / "progress.json", {"format": FORMAT} | asdict(progress))
 
 
 def load(path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer, adapter: Attached) -> Progress:
     """Restore what ``save`` wrote, by however many processes. Raises CheckpointError when it does not fit this run."""
+    progress = progress_of(path)
+    with _readable(path):
+        _check_parameters(path, parameters)
+        _fill(path, "trainable", {name: parameter.detach() for name, parameter in parameters.items()})
+        numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.load_state_dict(_load_tree(path, "optimizer", numbered))
+        _check_taken(path, "optimizer", optimizer.state_dict())
+        adapter.load_state_dict(_load_tree(path, "adapter_state", []))
+    return progress
+
+
+def progress_of(path: Path) -> Progress:
+    """How far the run was when it wrote this checkpoint. Raises CheckpointError for a checkpoint of another format."""
+    file = path / "progress.json"
+    with _readable(file):
+        said = {"model": ""} | json.loads(file.read_text())  # older ones do not name it
+        written = said.pop("format", FORMAT)
+        if written != FORMAT:
+            raise CheckpointError(
+                f"{path.name} has checkpoint format {written}, and this version reads {FORMAT}", str(file), SAME_VERSION
+            )
+        return Progress(**{field.name: said.pop(field.name) for field in fields(Progress)}, **said)
+
+
+def _check_parameters(path: Path, parameters: dict[str, nn.Parameter]) -> None:
+    """Refuse saved weights that are not those of this run by name, shape and type: a cast would round them."""
     saved = _described(path, "trainable")
     if saved.keys() != parameters.keys():
         odd = sorted(saved.keys() ^ parameters.keys())[:3]
         raise CheckpointError(
-            "the checkpoint trains other parameters than this run",
-            f"{path}: {', '.join(odd)}",
-            "Resume with the command that started the run.",
+            "the checkpoint trains other parameters than this run", f"{path}: {', '.join(odd)}", SAME_COMMAND
         )
     for name, parameter in parameters.items():
-        if saved[name][0] != parameter.shape:
+        shape, dtype = saved[name]
+        if shape != parameter.shape:
+            raise CheckpointError(f"{name} has another shape in the checkpoint", str(path), SAME_COMMAND)
+        if dtype != parameter.dtype:
             raise CheckpointError(
-                f"{name} has another shape in the checkpoint",
-                str(path),
-                "Resume with the command that started the run.",
+                f"{name} is {dtype} in the checkpoint and {parameter.dtype} in this run", str(path), SAME_COMMAND
             )
-    _fill(path, "trainable", {name: parameter.detach() for name, parameter in parameters.items()})
-    numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    optimizer.load_state_dict(_load_tree(path, "optimizer", numbered))
-    adapter.load_state_dict(_load_tree(path, "adapter_state", []))
-    return progress_of(path)
+
+
+def _check_taken(path: Path, name: str, tree: dict[str, Any]) -> None:
+    """Refuse saved state that its new owner has left out, or holds in another shape or type than it was saved in."""
+    taken: dict[str, Tensor] = {}
+    _strip(tree, "", taken)
+    now = {at: (tensor.shape, tensor.dtype) for at, tensor in taken.items()}
+    saved = _described(path, name)
+    odd = sorted(at for at in now.keys() | saved.keys() if now.get(at) != saved.get(at))
+    if odd:
+        raise CheckpointError(
+            f"the {name}'s state does not fit this run: {', '.join(odd[:3])}", str(path), SAME_VERSION
+        )
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What is whole and yet cannot be read was written by another version. Raises CheckpointError."""
+    try:
+        yield
+    except FtrunError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SafetensorError) as error:
+        if "allocate memory" in str(error):
+            raise
+        raise CheckpointError(
+            f"this version cannot read {path.name}: {type(error).__name__}: {error}", str(path), SAME_VERSION
+        ) from error
 
 
 def _described(path: Path, name: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -150,19 +206,20 @@ def _fill(path: Path, name: str, into: dict[str, Tensor]) -> None:
             distributed.load(dict(into), storage_reader=HuggingFaceStorageReader(str(path / name)), no_dist=True)
 
 
-def progress_of(path: Path) -> Progress:
-    """How far the run was when it wrote this checkpoint."""
-    return Progress(**json.loads((path / "progress.json").read_text()))
-
-
 def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
     """The newest complete checkpoint below ``folder``, and the damaged ones that were passed over."""
     damaged = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in _newest_first(folder):
         if is_whole(path):
             return path, damaged
         damaged.append(path)
     return None, damaged
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """Checkpoints by their step; a copy that somebody has made beside them is none."""
+    steps = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdigit()}
+    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def sweep(folder: Path) -> None:
@@ -173,7 +230,7 @@ def sweep(folder: Path) -> None:
 
 def prune(folder: Path, keep: int, spare: int | None) -> None:
     """Delete all but the newest ``keep`` checkpoints; the one of step ``spare`` stays."""
-    for path in sorted(folder.glob("step-*"), reverse=True)[keep:]:
+    for path in _newest_first(folder)[keep:]:
         if spare is None or path.name != f"step-{spare:06d}":
             (path / MANIFEST).unlink(missing_ok=True)  # what is half deleted must not look whole
             shutil.rmtree(path)

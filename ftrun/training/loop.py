@@ -25,11 +25,11 @@ from torch.optim import Optimizer
 
 from ftrun.data.batches import Batch, Plan, micro_batches, token_budget
 from ftrun.data.tokens import TokenTable
-from ftrun.errors import ComponentError, DataError, Interrupted, Preempted
+from ftrun.errors import CheckpointError, ComponentError, DataError, Interrupted, Preempted
 from ftrun.models.bundle import Bundle
 from ftrun.models.fast import packs_for_free
 from ftrun.runs import memory
-from ftrun.runs.artifacts import strict
+from ftrun.runs.artifacts import is_whole, strict, write_text
 from ftrun.schedules.base import Schedule
 from ftrun.training import checkpoint, weightlog
 from ftrun.training.checkpoint import Progress
@@ -71,7 +71,7 @@ class Trainer:
         joins = not apart and packs_for_free(self.bundle.model, self.bundle.architecture)
         self.batch_tokens = token_budget(self.settings.batch_tokens, self.team.device)
         self.packing = joins if self.settings.packing is None else self.settings.packing
-        self.progress.data = self.table.fingerprint()
+        self.progress.data, self.progress.model = self.table.fingerprint(), self.bundle.fingerprint
         if self.tokens.dynamic:
             self.weight_log = WeightLog(self.bundle.tokenizer, self.bundle.architecture.vocabulary, self.table.record)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -276,9 +276,7 @@ class Trainer:
     # ---- pieces of a step ----
 
     def _my_batches(self, step: int) -> list[Batch]:
-        lengths = self._input_lengths
-        per_row = lengths.reshape(len(self.table), -1).sum(axis=1)
-        rows = deal(self.plan.step(step), per_row, self.team.world_size)[self.team.rank]
+        rows = deal(self.plan.step(step), self._row_lengths, self.team.world_size)[self.team.rank]
         return self._micro_batches(rows) if len(rows) else []
 
     def _micro_batches(self, rows: np.ndarray) -> list[Batch]:
@@ -293,6 +291,11 @@ class Trainer:
     def _input_lengths(self) -> np.ndarray:
         """Inputs of every sequence, (sequences,)."""
         return np.asarray(self.tokens.input_lengths(self.table))
+
+    @functools.cached_property
+    def _row_lengths(self) -> np.ndarray:
+        """Inputs of every row of the table, (rows,)."""
+        return self._input_lengths.reshape(len(self.table), -1).sum(axis=1)
 
     def _clip(self) -> float:
         return self.strategy.clip(list(self.parameters.values()), self.settings.max_grad_norm)
@@ -350,18 +353,30 @@ class Trainer:
         step = self.progress.best_step
         if step and step != self.progress.step:
             path = self.folder / "checkpoints" / f"step-{step:06d}"
+            if not is_whole(path):
+                raise CheckpointError(
+                    f"the checkpoint of the lowest held-out loss, step {step}, is damaged or gone",
+                    str(path),
+                    "Start a new run; the last checkpoint is untouched.",
+                )
             checkpoint.load(path, self.parameters, self.optimizer, self.adapter)
             self.ctx.report.note(f"best held-out loss was at step {step}: its weights are kept")
 
     def restore(self, path: Path) -> None:
         """Put weights, optimiser and progress of a checkpoint in place. Raises CheckpointError, DataError when it does not fit."""
-        data = self.progress.data
+        begun = self.progress
         self.progress = checkpoint.load(path, self.parameters, self.optimizer, self.adapter)
-        if self.progress.data != data:
+        if self.progress.data != begun.data:
             raise DataError(
                 "the data is not what the run was started with",
                 str(path),
                 "Resume with the same rows, tokenizer and template, or start a new run.",
+            )
+        if self.progress.model not in ("", begun.model):
+            raise CheckpointError(
+                f"{self.bundle.path} is not the model that the run was started with: its files have changed",
+                str(path),
+                "Give the run its base weights and tokenizer back, or start a new run.",
             )
 
     def _log_file(self, name: str | None) -> AbstractContextManager[TextIO | None]:
@@ -372,7 +387,7 @@ class Trainer:
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.progress.step]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
         return path.open("a")
 
     def _log(self, facts: dict[str, float], metrics: TextIO | None, bar: Any) -> None:

@@ -38,7 +38,6 @@ def test_missing_package_is_named(monkeypatch, tmp_path):
 
 def test_a_failed_conversion_leaves_nothing(monkeypatch, tmp_path):
     def fail(source, folder, finish):
-        folder.mkdir()
         (folder / "half").write_text("")
         raise ValueError("not a model")
 
@@ -55,7 +54,7 @@ def test_conversion_happens_once(monkeypatch, tmp_path):
 
     def convert(source, folder, finish):
         calls.append(source)
-        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
 
     monkeypatch.setattr(gguf, "_convert", convert)
     monkeypatch.setenv("FTRUN_CACHE", str(tmp_path / "cache"))
@@ -68,6 +67,32 @@ def test_conversion_happens_once(monkeypatch, tmp_path):
     monkeypatch.setattr(gguf, "version", lambda name: "0.0")
     gguf.converted(file)
     assert len(calls) == 3  # another version of a library may read other weights
+
+
+def test_a_damaged_conversion_is_made_again(monkeypatch, tmp_path, capsys):
+    """Whichever file of it is hurt; a damaged list of known hashes only costs time."""
+
+    def convert(source, folder, finish):
+        for name in ("model.safetensors", "tokenizer.json"):
+            (folder / name).write_bytes(name.encode())
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    monkeypatch.setenv("FTRUN_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"one")
+    folder = gguf.converted(file)
+    for name in ("model.safetensors", "tokenizer.json", "manifest.json"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-1] + b"~")
+        gguf.ready.cache_clear()  # as another process
+        assert gguf.converted(file) == folder and (folder / name).read_bytes() == whole
+        assert "damaged" in capsys.readouterr().err
+    hashes = tmp_path / "cache" / "file-hashes.json"
+    for damage in (b"", b"\xff\xfe", b"[]", hashes.read_bytes().replace(b"1", b"2")):
+        hashes.write_bytes(damage)
+        gguf.ready.cache_clear()
+        gguf.converted(file)
+        assert not capsys.readouterr().err
 
 
 @pytest.mark.slow

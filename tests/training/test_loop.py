@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from safetensors.torch import load_file
 from warm_processes import Popen
 
 import ftrun
+from ftrun import registry
 from ftrun.errors import CheckpointError, ComponentError, ConfigError
+from ftrun.runs.artifacts import whole_folder
 from ftrun.training.loop import deal
 
 QUICK = [
@@ -233,6 +236,40 @@ def test_damaged_checkpoint_is_passed_over(tiny_dir, rows_file, tmp_path):
         train(*resume)
 
 
+def test_damaged_files_around_a_checkpoint(tiny_dir, rows_file, tmp_path):
+    """What a run finds again is checked: tokens in the cache, its settings, the base model, the best checkpoint."""
+    model = shutil.copytree(tiny_dir, tmp_path / "model")
+    overrides = words("lora", model, rows_file, tmp_path / "run", "train.save_steps=3", "data.heldout=0.2")
+    overrides += ["train.eval_steps=3", "train.load_best=true", "eval=[heldout]"]
+    train(*overrides)
+    before, run = weights(tmp_path / "run"), tmp_path / "run"
+    resume = [word for word in overrides if not word.startswith("out=")] + [f"resume={run}"]
+    for tokens in (Path(os.environ["FTRUN_CACHE"]) / "data" / "tokens").glob("*/input_ids.npy"):
+        tokens.write_bytes(tokens.read_bytes()[:-4] + b"\1\0\0\0")
+    (run / "eval" / "before.json").write_text("")
+    train(*resume)
+    assert_same_bits(before, weights(run))
+    assert json.loads((run / "eval" / "before.json").read_text())["heldout"]
+    damaged = {
+        run / "train/checkpoints/step-000003/progress.json": "step 3, is damaged",
+        model / "model.safetensors": "its files have changed",
+        run / "identity.json": r"identity\.json of the run is damaged",
+    }
+    best = run / "train/checkpoints/step-000006/progress.json"
+    said = json.loads(best.read_text())
+    with whole_folder(best.parent) as beside:  # the run says that the third step was the best
+        for file in best.parent.iterdir():
+            if file.name != "manifest.json":
+                shutil.copy(file, beside)
+        (beside / "progress.json").write_text(json.dumps(said | {"best_step": 3}))
+    for file, message in damaged.items():
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-2] + b"~~")
+        with pytest.raises(CheckpointError, match=message):
+            train(*resume)
+        file.write_bytes(whole)
+
+
 def test_out_is_used_once(tiny_dir, rows_file, tmp_path):
     train(*words("lora", tiny_dir, rows_file, tmp_path / "run"))
     with pytest.raises(ConfigError, match="already holds a run"):
@@ -251,6 +288,27 @@ def test_out_not_writable(tiny_dir, rows_file, tmp_path):
     file.write_text("")
     with pytest.raises(ConfigError, match="cannot write"):
         train(*words("lora", tiny_dir, rows_file, file / "below"))
+
+
+def test_folder_read_only_from_the_end_of_training_on(tiny_dir, rows_file, tmp_path, monkeypatch):
+    """Whatever writes then, the user hears which folder it is; a user who is root cannot be refused by its mode."""
+    from ftrun.runs import artifacts
+
+    def refused(*_, **__):
+        raise PermissionError(1, "Operation not permitted", str(tmp_path / "run" / "adapter"))
+
+    monkeypatch.setattr(type(registry.build("adapter", "lora")), "save", refused)
+    with pytest.raises(ConfigError, match="cannot write adapter: Operation not permitted") as caught:
+        train(*words("lora", tiny_dir, rows_file, tmp_path / "run"))
+    assert str(tmp_path / "run") in str(caught.value)
+    for folder, raised in [
+        (tmp_path, PermissionError(13, "Permission denied", "/elsewhere/model.json")),  # read, not written
+        (tmp_path, ValueError("no matter of disks")),
+    ]:
+        with pytest.raises(type(raised)), artifacts.run_guard(folder):
+            raise raised
+    with pytest.raises(ConfigError), artifacts.run_guard(tmp_path):
+        raise RuntimeError("Error while serializing: I/O error: Read-only file system (os error 30)")
 
 
 def test_disk_full_while_saving(tiny_dir, rows_file, tmp_path, monkeypatch):
