@@ -50,6 +50,7 @@ NO_KNOBS: dict[str, dict[str, str]] = {
     | {"total_step": "the run says it"},
     "delora": {"modules_to_save": "peft fails with it"},
     "hira": {"rank_pattern": "peft passes over it"},
+    "osf": {"target_svd_config": "peft makes it itself"},
     "oft": {"module_dropout": "peft passes over it"},
     "psoft": {"psoft_alpha": "it cancels out"},
     "pvera": {"generator_seed": "draws follow the seed of the run, step by step"},
