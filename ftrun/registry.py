@@ -14,7 +14,7 @@ import importlib
 import importlib.metadata
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -70,6 +70,22 @@ class Knob:
     help: str = ""
 
 
+class Later(Mapping[str, Knob]):
+    """Knobs that are read when somebody asks for one: most commands ask for those of a few components."""
+
+    def __init__(self, read: Callable[[], Mapping[str, Knob]]):
+        self._read = functools.cache(read)
+
+    def __getitem__(self, name: str) -> Knob:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+
 @dataclass(frozen=True)
 class Spec:
     """What is known of a component without importing it.
@@ -82,7 +98,7 @@ class Spec:
     module: str
     cls: str
     doc: str
-    knobs: dict[str, Knob]
+    knobs: Mapping[str, Knob]
     needs: dict[str, str] = field(default_factory=dict)
     lacks: dict[str, str] = field(default_factory=dict)
     source: Path | None = None
@@ -166,7 +182,9 @@ def specs(slot: str) -> dict[str, Spec]:
 
 def _with_library(read: Spec | None, ours: Spec) -> Spec:
     """A component of ours that runs a library's type: it has the knobs of the library, and those that it states itself."""
-    return replace(ours, knobs=read.knobs | ours.knobs, library=True) if read else ours
+    if read is None:
+        return ours
+    return replace(ours, knobs=Later(lambda: {**read.knobs, **ours.knobs}), library=True)
 
 
 @functools.cache

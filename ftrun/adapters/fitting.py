@@ -62,13 +62,13 @@ def check_tokens(adapter: Any, architecture: Architecture) -> None:
 
 
 def check_rank(name: str, knob: str, rank: int | None, adapted: Iterable[nn.Module]) -> None:
-    """Raise ConfigError for a rank above both sides of every adapted linear."""
-    sides = [min(layer.in_features, layer.out_features) for layer in adapted if hasattr(layer, "in_features")]  # type: ignore[call-overload]
-    if rank is not None and sides and rank > max(sides):
+    """Raise ConfigError for a rank above the width of every adapted linear."""
+    widths = [max(layer.in_features, layer.out_features) for layer in adapted if hasattr(layer, "in_features")]  # type: ignore[call-overload]
+    if rank is not None and widths and rank > max(widths):
         raise ConfigError(
-            f"rank {rank} is above the width of the adapted layers, {max(sides)}: it adds parameters and nothing else",
+            f"rank {rank} is above the width of every adapted layer, {max(widths)}: it adds parameters and nothing else",
             f"adapter={name} adapter.{knob}={rank}",
-            f"Use adapter.{knob}={max(sides)} or less.",
+            f"Use adapter.{knob}={max(widths)} or less.",
         )
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ftrun.adapters.peft_limits import HAND_WRITTEN, KNOBS, LEFT_OUT, NO_KNOBS
-from ftrun.registry import Knob, Spec
+from ftrun.registry import Knob, Later, Spec
 
 MODULE, CLASS = "ftrun.adapters.peft_type", "PeftType"  # what runs a type that has no file of its own
 ROOTS = ("PeftConfig", "PeftConfigMixin")  # their fields are ours to decide: task, base model, version ...
+PAPER = r"(?:huggingface\.co/papers|arxiv\.org/(?:abs|pdf))/(\d{4}\.\d{4,5})"
 TYPES = {"Any": Any, "Literal": Literal, "None": None, "int": int, "float": float, "str": str, "bool": bool}
 TYPES |= {"list": list, "dict": dict, "tuple": tuple, "Optional": typing.Optional, "Union": typing.Union}
 
@@ -32,7 +33,12 @@ class Source:
     name: str  # of the type: "vera"
     config: str  # "VeraConfig"
     file: Path
-    lineage: tuple[tuple[Path, ast.ClassDef], ...]  # the class and its bases in peft, nearest first
+    papers: tuple[str, ...]  # arXiv numbers in its text
+
+    @property
+    def lineage(self) -> list[tuple[Path, ast.ClassDef]]:
+        """The class and its bases in peft, nearest first."""
+        return list(_lineage(self.file, self.config))
 
 
 def folder() -> Path | None:
@@ -70,27 +76,21 @@ def _home() -> Path:
 
 @functools.cache
 def _sources() -> dict[str, Source]:
+    """By a look at the text; what it says is read when somebody asks for it."""
     home = folder()
     found = {}
     for file in sorted(home.glob("tuners/*/config.py")) if home else []:
-        for node in _parsed(file).body:
-            if isinstance(node, ast.ClassDef) and (name := _type_of(node)):
-                found[name] = Source(name, node.name, file, tuple(_lineage(file, node.name)))
+        text = file.read_text()
+        for config, body in re.findall(r"^class (\w+)\(.*?\):\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL):
+            if said := re.search(r"^        self\.peft_type = PeftType\.(\w+)$", body, re.MULTILINE):
+                name = said[1].lower()
+                found[name] = Source(name, config, file, tuple(re.findall(PAPER, text)))
     return found
 
 
 @functools.cache
 def _parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_bytes())
-
-
-def _type_of(node: ast.ClassDef) -> str:
-    """``vera`` where the class says ``self.peft_type = PeftType.VERA``; empty where it says none."""
-    for item in node.body:
-        for line in item.body if isinstance(item, ast.FunctionDef) and item.name == "__post_init__" else []:
-            if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "self.peft_type":
-                return ast.unparse(line.value).rpartition(".")[2].lower()
-    return ""
 
 
 def _lineage(file: Path, name: str) -> Iterator[tuple[Path, ast.ClassDef]]:
@@ -129,6 +129,10 @@ def _file_of(node: ast.ImportFrom, file: Path, name: str) -> Path | None:
 
 
 def _spec(source: Source) -> Spec:
+    return Spec("adapter", source.name, MODULE, CLASS, _doc(source), Later(lambda: _knobs(source)), library=True)
+
+
+def _knobs(source: Source) -> dict[str, Knob]:
     fields: dict[str, Knob] = {}
     for file, node in reversed(source.lineage):
         fields |= {knob.name: knob for knob in _fields(file, node)}
@@ -139,7 +143,7 @@ def _spec(source: Source) -> Spec:
     for name, default in KNOBS.get(source.name, {}).items():
         if name in knobs:
             knobs[name] = replace(knobs[name], default=default)
-    return Spec("adapter", source.name, MODULE, CLASS, _doc(source), knobs, library=True)
+    return knobs
 
 
 def _targets(knob: Knob) -> Knob:
@@ -246,8 +250,6 @@ def _sentence(text: ast.expr) -> str:
 
 
 def _doc(source: Source) -> str:
-    """What peft's text says of a type: the first words of its model class, and its paper."""
-    text = "".join(file.read_text() for file in sorted(source.file.parent.glob("*.py")))
-    papers = re.findall(r"(?:huggingface\.co/papers|arxiv\.org/(?:abs|pdf))/(\d{4}\.\d{4,5})", text)
-    paper = f" (arXiv:{papers[0]})" if papers else ""
+    """The name of a type, and its paper."""
+    paper = f" (arXiv:{source.papers[0]})" if source.papers else ""
     return f"{source.config.removesuffix('Config')} of the library peft{paper}."

@@ -41,21 +41,21 @@ def test_component_knob_is_read(slot, name):
     """Every knob of a component is read as an attribute in its own file or in a base class of it."""
     spec = registry.find(slot, name)
     if spec.library:
-        return library_reads(spec)
-    assert spec.source
-    texts = [path.read_text() for path in {owner for owner, _ in registry._lineage(spec.source, spec.cls)}]
+        pattern, texts = r"[\"'.]{}\b", texts_of_library(spec)
+    else:
+        assert spec.source
+        pattern = r"\b(self|config|knobs)\.{}\b"
+        texts = [path.read_text() for path in {owner for owner, _ in registry._lineage(spec.source, spec.cls)}]
     for knob in spec.knobs:
-        assert any(re.search(rf"\b(self|config|knobs)\.{knob}\b", text) for text in texts), f"{slot}={name}: {knob}"
+        assert any(re.search(pattern.format(knob), text) for text in texts), f"{slot}={name}: {knob}"
 
 
-def library_reads(spec):
-    """A knob of a library's type is read by the library, outside the class that declares it, or by our class of it."""
+def texts_of_library(spec):
+    """Where a type of peft reads its knobs: outside the class that declares them, or in our class of it."""
     home = peft_types.folder()
     folders = {file.parent for file, _ in peft_types._sources()[spec.name].lineage if file.name == "config.py"}
     files = [file for folder in folders for file in folder.rglob("*.py") if file.name != "config.py"]
     files += [
         home / name for name in ("peft_model.py", "tuners/tuners_utils.py", "tuners/lycoris_utils.py", "utils/other.py")
     ]
-    texts = [file.read_text() for file in [*files, *([spec.source] if spec.source else [])]]
-    for knob in spec.knobs:
-        assert any(re.search(rf"[\"'.]{knob}\b", text) for text in texts), f"{spec.slot}={spec.name}: {knob}"
+    return [file.read_text() for file in [*files, *([spec.source] if spec.source else [])]]
