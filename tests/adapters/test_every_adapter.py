@@ -6,6 +6,7 @@ What a type of peft cannot do stands in ftrun/adapters/peft_limits.py, and is tr
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from ftrun import registry
 from ftrun.adapters import peft_limits as limits
@@ -24,6 +25,7 @@ from ftrun.errors import ComponentError, ConfigError
 from ftrun.models.architecture import describe
 from ftrun.models.checkpointing import checkpoint_activations
 from ftrun.models.fast import speed_up
+from ftrun.models.load import load_bundle
 from ftrun.stages import shape
 from ftrun.training import checkpoint
 from ftrun.training.checkpoint import Progress
@@ -61,10 +63,7 @@ CANNOT = {
     "train.gradient_checkpointing=true": {**limits.CANNOT["train.gradient_checkpointing=true"], "prefix_tuning": ""},
     "train.merge=true": {**limits.CANNOT["train.merge=true"], "prefix_tuning": "", "bottleneck": ""},
 }
-QUANTS = {
-    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
-    "int8": BitsAndBytesConfig(load_in_8bit=True),
-}
+QUANTS = ("nf4", "int8")
 ROUNDING = {"nf4": 1e-5, "int8": 1e-2}  # of logits; int8 also rounds what goes into a layer
 
 
@@ -255,22 +254,30 @@ def test_goes_on_from_what_was_saved_or_refuses(ran, fresh, context, logits, tmp
     assert not torch.allclose(logits(model), ran.trained, atol=1e-6)
 
 
+def packed(tiny_dir, quant) -> nn.Module:
+    """The tiny model with quantised weights, as a run loads it."""
+    component = registry.build("quant", quant)
+    return component.prepare(load_bundle(ModelConfig(path=str(tiny_dir)), task="causal", quant=component).model)
+
+
 @pytest.fixture(scope="module")
-def quantised(tiny_dir):
+def unpacked(tiny_dir):
     """The tiny model in float32 with what its quantised weights stand for."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     from ftrun.adapters.starts.loftq import dequantised
 
     made = {}
-    for quant, config in QUANTS.items():
-        packed = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32, quantization_config=config).eval()
+    for quant in QUANTS:
         plain = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
-        for name, layer in packed.named_modules():
+        for name, layer in packed(tiny_dir, quant).named_modules():
             if isinstance(layer, Linear4bit):
                 value = dequantised(layer.weight)
             elif isinstance(layer, Linear8bitLt):
-                value = layer.weight.data.float() * layer.weight.SCB.float()[:, None] / 127
+                scale = (
+                    layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+                )  # it moves with the first product
+                value = layer.weight.data.float() * scale.float()[:, None] / 127
             else:
                 continue
             plain.get_submodule(name).weight.data = value.float().reshape(plain.get_submodule(name).weight.shape)
@@ -281,17 +288,13 @@ def quantised(tiny_dir):
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("name", [*TYPES, "ia3", "lora", "prefix_tuning"])
 def test_on_quantised_weights_it_does_what_it_does_on_their_values_or_refuses(
-    name, quant, quantised, fresh, context, logits, train, tmp_path
+    name, quant, unpacked, tiny_dir, context, logits, train, tmp_path
 ):
     """Starts as that base, and the same trained adapter adds the same to it."""
     unable = name in limits.CANNOT[f"quant={quant}"]
-
-    def packed():
-        model = fresh(quantization_config=QUANTS[quant])  # a copy of 8-bit weights does not train
-        return registry.build("quant", quant).prepare(model)
-
+    load = functools.partial(packed, tiny_dir, quant)
     try:
-        wrong = off_on(quant, name, packed, copy.deepcopy(quantised[quant]), context, logits, train, tmp_path)
+        wrong = off_on(quant, name, load, copy.deepcopy(unpacked[quant]), context, logits, train, tmp_path)
     except (RuntimeError, ValueError, TypeError, ConfigError):
         if unable:
             return
@@ -309,12 +312,12 @@ def off_on(quant, name, load, plain, context, logits, train, folder) -> str:
     adapter.save(on_plain, folder)
     learnt = logits(on_plain) - base_plain
     here = build(name)
-    packed = load()
-    on_packed = here.attach(packed, context(packed))
+    model = load()
+    on_packed = here.attach(model, context(model))
     near = ROUNDING[quant] * (1 + learnt.abs().max())
     if not torch.allclose(logits(on_packed) - base, starts, atol=near if name in NOT_THE_BASE else 1e-4):
         return "it starts as something else"
-    train(here, on_packed, count=1)
+    train(here, on_packed.train(), count=1)
     loaded = build(name).load(load(), folder)
     if not torch.allclose(logits(loaded) - base, learnt, atol=near):
         return f"it adds something else: {(logits(loaded) - base - learnt).abs().max()} beyond {near}"
