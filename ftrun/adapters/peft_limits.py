@@ -44,6 +44,8 @@ NO_KNOBS: dict[str, dict[str, str]] = {
             *("r", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "lora_bias"),
             *("megatron_config", "megatron_core", "layer_replication", "use_qalora", "qalora_group_size"),
             *("alora_invocation_tokens", "target_parameters", "trainable_token_indices", "ensure_weight_tying"),
+            *("eva_config", "corda_config", "lora_ga_config", "kasa_config", "monteclora_config", "velora_config"),
+            *("loftq_config", "arrow_config", "use_bdlora", "runtime_config"),
         ),
         "is LoRA's: AdaLoRA passes over it",
     )
@@ -140,9 +142,10 @@ WAYS_OUT = {
 READS = "computes with the base's weights in full precision, and these are rounded and packed"
 VIRTUAL = "puts its tokens in front of a row, and a packed row holds several documents"
 UNMERGED = "is no change of the weights"
+CACHED = "feeds its prefix through the key-value cache, which gradient checkpointing cannot recompute"
 SHARED = "shares parameters between layers"
 
-# setting -> type -> why it cannot. Every entry fails or differs when it is tried; tests/adapters/test_peft_types.py does.
+# setting -> adapter -> why it cannot; adapters with a file of their own refuse it there, too. Every entry fails or differs when it is tried; tests/adapters/test_every_adapter.py does.
 CANNOT: dict[str, dict[str, str]] = {
     "quant=nf4": dict.fromkeys(
         (
@@ -160,15 +163,15 @@ CANNOT: dict[str, dict[str, str]] = {
         READS,
     )
     | {"unilora": "has no effect on quantised layers"},
-    "train.gradient_checkpointing=true": {
-        "cartridge": "feeds its prefix through the key-value cache, which gradient checkpointing cannot recompute"
-    },
-    "train.packing=true": dict.fromkeys(("cartridge", "p_tuning", "prompt_tuning"), VIRTUAL),
+    "train.gradient_checkpointing=true": dict.fromkeys(("cartridge", "prefix_tuning"), CACHED),
+    "train.packing=true": dict.fromkeys(("cartridge", "p_tuning", "prefix_tuning", "prompt_tuning"), VIRTUAL),
     "train.merge=true": {
         "adaption_prompt": UNMERGED,
         "beft": "adds a bias where the linears have none",
         "cartridge": UNMERGED,
+        "bottleneck": UNMERGED,
         "p_tuning": UNMERGED,
+        "prefix_tuning": UNMERGED,
         "prompt_tuning": UNMERGED,
     },
     "launch.strategy=fsdp": dict.fromkeys(("pvera", "randlora", "tinylora", "unilora", "vblora", "vera"), SHARED)

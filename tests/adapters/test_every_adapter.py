@@ -57,12 +57,6 @@ OTHERS = {
 # these compute something of their own from the first step on
 NOT_THE_BASE = {"c3a", "cartridge", "fourierft", "p_tuning", "prefix_tuning", "prompt_tuning", "unilora", "vblora"}
 TRAINS_BASE = {name for name in NAMES if "trainable_base" in registry.find("adapter", name).needs}
-CANNOT = {
-    **limits.CANNOT,
-    "train.packing=true": {**limits.CANNOT["train.packing=true"], "prefix_tuning": ""},
-    "train.gradient_checkpointing=true": {**limits.CANNOT["train.gradient_checkpointing=true"], "prefix_tuning": ""},
-    "train.merge=true": {**limits.CANNOT["train.merge=true"], "prefix_tuning": "", "bottleneck": ""},
-}
 QUANTS = ("nf4", "int8")
 ROUNDING = {"nf4": 1e-5, "int8": 1e-2}  # of logits; int8 also rounds what goes into a layer
 
@@ -177,7 +171,7 @@ def test_disabled_is_the_base_and_enabled_again_is_not(ran, logits):
 @every
 def test_merged_is_the_same_model_or_refused(ran, logits):
     name, model = ran.adapter.name, copy.deepcopy(ran.model)
-    if name in CANNOT["train.merge=true"]:
+    if name in limits.CANNOT["train.merge=true"]:
         with pytest.raises(ComponentError, match="cannot be merged"):
             ran.adapter.merge(model)
         if name in limits.TRIED:  # and the table is right
@@ -193,7 +187,7 @@ def test_merged_is_the_same_model_or_refused(ran, logits):
 def test_packed_is_unpacked(ran, table, batch, context):
     model, architecture = ran.model.eval(), describe(ran.model)
     packed = collate(table, [list(range(4))], pad_id=3)
-    if ran.adapter.name in CANNOT["train.packing=true"]:
+    if ran.adapter.name in limits.CANNOT["train.packing=true"]:
         with pytest.raises(ConfigError, match="virtual tokens"):
             architecture.hidden_states(model, packed)
         return
@@ -214,7 +208,7 @@ def test_recomputed_gradients_are_the_same(ran, loss):
 
     kept = gradients()
     checkpoint_activations(model)
-    if ran.adapter.name in CANNOT["train.gradient_checkpointing=true"]:
+    if ran.adapter.name in limits.CANNOT["train.gradient_checkpointing=true"]:
         try:
             differs = not all(torch.allclose(a, b, atol=1e-6) for a, b in zip(kept, gradients(), strict=True))
         except RuntimeError:
@@ -329,7 +323,7 @@ def off_on(quant, name, load, plain, context, logits, train, folder) -> str:
 
 @pytest.mark.parametrize("setting", limits.WAYS_OUT)
 def test_the_table_speaks_of_types_that_there_are(setting):
-    assert limits.CANNOT.get(setting, {}).keys() <= set(TYPES)
+    assert limits.CANNOT.get(setting, {}).keys() <= set(NAMES)
     assert limits.cannot("a_type_of_tomorrow", setting)
 
 
