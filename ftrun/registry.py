@@ -128,7 +128,8 @@ def _made_class(slot: str, name: str) -> type:
         (knob.name, knob.type, field(default_factory=functools.partial(copy.deepcopy, knob.default)))
         for knob in spec.knobs.values()
     ]
-    return make_dataclass(spec.cls, fields, bases=(base,), namespace={"slot": slot, "name": name, "__doc__": spec.doc})
+    said = {"slot": slot, "name": name, "__doc__": spec.doc, "needs": spec.needs, "lacks": spec.lacks}
+    return make_dataclass(spec.cls, fields, bases=(base,), namespace=said)
 
 
 def find(slot: str, name: str) -> Spec:
@@ -184,7 +185,8 @@ def _with_library(read: Spec | None, ours: Spec) -> Spec:
     """A component of ours that runs a library's type: it has the knobs of the library, and those that it states itself."""
     if read is None:
         return ours
-    return replace(ours, knobs=Later(lambda: {**read.knobs, **ours.knobs}), library=True)
+    knobs = Later(lambda: {**read.knobs, **ours.knobs})
+    return replace(ours, knobs=knobs, needs=read.needs | ours.needs, lacks=read.lacks | ours.lacks, library=True)
 
 
 @functools.cache
@@ -255,11 +257,30 @@ def read_dataclass(path: Path, name: str) -> dict[str, Knob]:
                 continue
             if item.value is None:
                 raise ConfigError(f"{name}.{item.target.id} in {owner} has no default; every knob needs one")
+            if any(isinstance(other, ast.ClassDef) and other.name == annotation for other in _parsed(owner)[0].body):
+                inside = read_dataclass(owner, annotation)  # a section inside this one
+                knobs |= {
+                    f"{item.target.id}.{sub}": replace(knob, name=f"{item.target.id}.{sub}")
+                    for sub, knob in inside.items()
+                }
+                continue
             kind = eval(annotation, {"__builtins__": {}}, _TYPE_NAMES)
             # the formatter moves the comment of a long line into parentheses, behind the value
             help_text = _comment_after(item, lines) or _comment_after(item.value, lines)
             knobs[item.target.id] = Knob(item.target.id, kind, _default(item.value), help_text)
     return knobs
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with dotted names as sections inside sections."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return tree
 
 
 def _comment_after(node: ast.stmt | ast.expr, lines: list[bytes]) -> str:

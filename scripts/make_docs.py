@@ -146,8 +146,8 @@ def adapters() -> str:
 def _why_not(spec: Spec, setting: str) -> str:
     if setting.startswith("quant=") and "trainable_base" in spec.needs:
         return spec.needs["trainable_base"] + ", which quantised weights freeze"
-    if setting == "launch.strategy=fsdp" and not spec.library:
-        return "" if registry.constant_of(spec, "shards") else "was not tried with it"
+    if setting == "launch.strategy=fsdp":
+        return spec.needs.get("whole_weights", "")
     return peft_limits.CANNOT[setting].get(spec.name, "")
 
 

@@ -27,7 +27,6 @@ class Adapter:
     needs: ClassVar[dict[str, str]] = {}
     lacks: ClassVar[dict[str, str]] = {}
     changes_trainable: ClassVar[bool] = False  # freezes and unfreezes between steps: DDP must expect unused parameters
-    shards: ClassVar[bool] = False  # its layers may be cut over processes: each computes from its own parameters alone
 
     def check(self, settings: Settings) -> None:
         """Refuse knobs that cannot work with the rest of the config. Called before torch is imported: keep it light."""

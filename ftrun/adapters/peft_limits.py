@@ -134,7 +134,6 @@ WAYS_OUT = {
     "train.gradient_checkpointing=true": "Use train.gradient_checkpointing=false, or adapter=lora.",
     "train.packing=true": "Use train.packing=false, or adapter=lora.",
     "train.merge=true": "Use train.merge=false: adapter/ is loaded beside the base model.",
-    "launch.strategy=fsdp": "Use launch.strategy=ddp, or adapter=lora.",
     "task=classify": "Use adapter=lora.",
     "run=RUN": "Start from a model: model.path=...",
 }
@@ -143,7 +142,17 @@ READS = "computes with the base's weights in full precision, and these are round
 VIRTUAL = "puts its tokens in front of a row, and a packed row holds several documents"
 UNMERGED = "is no change of the weights"
 CACHED = "feeds its prefix through the key-value cache, which gradient checkpointing cannot recompute"
-SHARED = "shares parameters between layers"
+UNSLICED = "has not been tried on slices of weights"
+# why a type needs whole weights; the others were not tried with slices
+WHOLE = {
+    **dict.fromkeys(("pvera", "randlora", "tinylora", "unilora", "vblora", "vera"), "shares parameters between layers"),
+    "adalora": "ranks the parts of all layers against each other after every step",
+    "adamss": "ranks the parts of all layers against each other",
+    "frod": "decomposes the weights of all layers together",
+    "osf": "projects the gradients of whole weights",
+    "shira": "trains entries of whole weights",
+    "supertuning": "trains entries of whole weights",
+}
 
 # setting -> adapter -> why it cannot; adapters with a file of their own refuse it there, too. Every entry fails or differs when it is tried; tests/adapters/test_every_adapter.py does.
 CANNOT: dict[str, dict[str, str]] = {
@@ -173,20 +182,6 @@ CANNOT: dict[str, dict[str, str]] = {
         "p_tuning": UNMERGED,
         "prefix_tuning": UNMERGED,
         "prompt_tuning": UNMERGED,
-    },
-    "launch.strategy=fsdp": dict.fromkeys(("pvera", "randlora", "tinylora", "unilora", "vblora", "vera"), SHARED)
-    | {
-        "adalora": "ranks the parts of all layers against each other after every step",
-        "adamss": "ranks the parts of all layers against each other",
-        "cartridge": "keeps its parameters outside the layers",
-        "frod": "decomposes the weights of all layers together",
-        "osf": "projects the gradients of whole weights",
-        "p_tuning": "keeps its parameters outside the layers",
-        "prompt_tuning": "keeps its parameters outside the layers",
-        "shira": "trains entries of whole weights",
-        "supertuning": "trains entries of whole weights",
-        "trainable_tokens": "trains rows of the embedding outside the layers",
-        "adaption_prompt": "takes the place of whole attention modules",
     },
     "run=RUN": {
         "adalora": "has shared out its ranks and cannot go on",

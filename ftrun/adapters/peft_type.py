@@ -66,7 +66,6 @@ class PeftType(PeftAdapter):
             "train.gradient_checkpointing=true": settings.train.gradient_checkpointing,
             "train.packing=true": bool(settings.train.packing),
             "train.merge=true": settings.train.merge,
-            "launch.strategy=fsdp": getattr(settings.launch, "strategy", None) == "fsdp",
             "task=classify": settings.task == "classify",
         }
         for setting, wanted in asked.items():
@@ -99,10 +98,6 @@ class PeftType(PeftAdapter):
     @property
     def mergeable(self) -> bool:  # type: ignore[override]
         return not limits.cannot(self.name, "train.merge=true")
-
-    @property
-    def shards(self) -> bool:  # type: ignore[override]
-        return not limits.cannot(self.name, "launch.strategy=fsdp")
 
     def peft_config(self, ctx: Context) -> Any:
         wanted = config_class(self.name)

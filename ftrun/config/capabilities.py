@@ -45,6 +45,17 @@ def check_mix(chosen: list[Spec]) -> None:
                     )
 
 
+def check_strategy(chosen: list[Spec], strategy: str) -> None:
+    """Refuse a component that cannot work where each process holds a slice of every weight."""
+    for spec in chosen:
+        if strategy == "fsdp" and "whole_weights" in spec.needs:
+            raise ConfigError(
+                f"{spec.slot}={spec.name} {spec.needs['whole_weights']}; launch.strategy=fsdp gives each process a slice of every weight",
+                f"{spec.slot}={spec.name} launch.strategy=fsdp",
+                f"Use launch.strategy=ddp, or another {spec.slot}.",
+            )
+
+
 def _way_out(needy: Spec, taker: Spec, capability: str) -> str:
     ways = []
     for culprit, blocked in (

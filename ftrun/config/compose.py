@@ -30,6 +30,7 @@ from ftrun.config.settings import (
     TokensConfig,
     root_knobs,
     section_knobs,
+    section_of,
     shared_select_knobs,
     shared_tokens_knobs,
 )
@@ -264,8 +265,8 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
     evaluators = _evaluators(_section(raw, "eval"), recipe)
     specs += [registry.find("eval", name) for name, _ in evaluators]
     sections = {
-        section: cls(**check_section(raw.pop(section, {}), section_knobs(section), section))
-        for section, cls in SECTIONS.items()
+        section: section_of(section, check_section(raw.pop(section, {}), section_knobs(section), section))
+        for section in SECTIONS
     }
     for key in set(raw) - set(root_knobs()):
         todo = suggest(key, str(raw[key]), dict.fromkeys([*root_knobs(), *DEFAULT_CHOICES, *SECTIONS]))
@@ -274,7 +275,9 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
     scalars["recipe"] = recipe.name if recipe else None
     settings = Settings(**scalars, **sections, slots=slots, eval=evaluators, select=shared, tokens=tokens)
     at_work = capabilities.slots_at_work(verb, settings.stages)
-    capabilities.check_mix([spec for spec in specs if spec.slot in at_work])
+    working = [spec for spec in specs if spec.slot in at_work]
+    capabilities.check_mix(working)
+    capabilities.check_strategy(working, settings.launch.strategy)
     check_values(settings, trains="optim" in at_work)
     return settings
 

@@ -21,6 +21,7 @@ TEXT_KEYS = (
     "data.system",
     "select.model.path",
     "tokens.from",
+    "launch.rendezvous",
 )
 FREE_TEXT = ("prompt", "data.system")  # sentences: a comma separates nothing, ${...} stands for nothing
 RENAMED = {"select.scorer": "select", "select.picker": "picker", "select/picker": "picker"}

@@ -13,7 +13,15 @@ from omegaconf import OmegaConf
 from ftrun import registry
 from ftrun.config.recipes import Recipe
 from ftrun.config.schema import check_section
-from ftrun.config.settings import SECTIONS, SETTINGS_FILE, SelectConfig, Settings, TokensConfig
+from ftrun.config.settings import (
+    SECTIONS,
+    SETTINGS_FILE,
+    SelectConfig,
+    Settings,
+    TokensConfig,
+    section_knobs,
+    section_of,
+)
 from ftrun.errors import ConfigError
 
 CONFIG = "config.yaml"
@@ -115,9 +123,6 @@ def settings_from(plain: dict[str, Any]) -> Settings:
         (name, check_section(knobs, registry.find("eval", name).knobs, f"eval.{name}"))
         for name, knobs in plain.pop("eval").items()
     ]
-    sections = {
-        name: cls(**check_section(plain.pop(name), registry.read_dataclass(SETTINGS_FILE, cls.__name__), name))
-        for name, cls in SECTIONS.items()
-    }
+    sections = {name: section_of(name, check_section(plain.pop(name), section_knobs(name), name)) for name in SECTIONS}
     scalars = check_section(plain, registry.read_dataclass(SETTINGS_FILE, "RootConfig"), "")
     return Settings(**scalars, **sections, slots=slots, eval=evaluators, select=SelectConfig(**shared), tokens=tokens)

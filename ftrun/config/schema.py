@@ -24,6 +24,7 @@ def check_section(values: Any, knobs: Mapping[str, Knob], prefix: str, owner: st
     if not isinstance(values, dict):
         todo = f"Set its keys, as in {_join(prefix, next(iter(knobs)))}=..." if knobs else f"{owner} has no knobs."
         raise ConfigError(f"{prefix} is a section, not a value", f"{prefix}={values}", todo)
+    values = _flat(values, knobs, prefix)
     for key in values:
         if key not in knobs:
             what = f'{owner} has no knob "{key}"' if owner else f'there is no key "{_join(prefix, key)}"'
@@ -34,6 +35,18 @@ def check_section(values: Any, knobs: Mapping[str, Knob], prefix: str, owner: st
         if name in values
     }
     return {name: given[name] if name in given else copy.deepcopy(knob.default) for name, knob in knobs.items()}
+
+
+def _flat(values: dict[str, Any], knobs: dict[str, Knob], prefix: str) -> dict[str, Any]:
+    """Sections inside a section by their dotted names, as their knobs have them."""
+    first = {name.partition(".")[0]: name for name in reversed(knobs) if "." in name}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in first and not isinstance(value, dict):
+            what, todo = f"{_join(prefix, key)} is a section, not a value", f"as in {_join(prefix, first[key])}=..."
+            raise ConfigError(what, f"{_join(prefix, key)}={value}", f"Set its keys, {todo}")
+        flat |= {f"{key}.{name}": item for name, item in value.items()} if key in first else {key: value}
+    return flat
 
 
 def _at_home(value: Any) -> Any:

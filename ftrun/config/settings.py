@@ -5,7 +5,8 @@ Field comments are the help that ``ftrun show`` prints. Imports nothing heavy.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import operator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,12 +80,27 @@ class TrainConfig:
 
 
 @dataclass
+class FsdpConfig:
+    """How a model is sharded."""
+
+    reshard_after_forward: bool = (
+        True  # free a layer's gathered weights after its forward pass: less memory, more traffic
+    )
+    offload: bool = False  # keep shards in the memory of the CPU while they are not at work
+
+
+@dataclass
 class LaunchConfig:
     processes: int = 1  # processes on this machine (one a GPU, or a share of the cores)
-    nodes: int = 1  # machines
-    node_rank: int = 0  # this machine's number
-    address: str = "127.0.0.1"  # address of machine 0
-    port: int = 0  # port on machine 0; 0: any free one (one machine only)
+    nodes: int = 1  # machines; each is given the same command
+    rendezvous: str | None = None  # host:port of one of the machines, where all of them meet
+    restarts: int = 0  # times that the processes start again from the newest checkpoint after one of them died
+    timeout: float = 30.0  # minutes without progress after which a process is taken to hang, and in which all must meet
+    strategy: Literal["auto", "ddp", "fsdp"] = (
+        "auto"  # whole copies of the model, or shards of it; auto: ddp where it fits
+    )
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    context_parallel: int = 1  # processes that share each row, for rows too long for one
     threads: int | None = None  # CPU threads of each process; null: OMP_NUM_THREADS, or a fair share of the cores
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
 
@@ -187,8 +203,20 @@ SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "lau
 
 
 def section_knobs(section: str) -> dict[str, registry.Knob]:
-    """Knobs of model, data, train or launch."""
+    """Knobs of model, data, train or launch; those of a section inside it by their dotted names."""
     return registry.read_dataclass(SETTINGS_FILE, SECTIONS[section].__name__)
+
+
+def section_of(section: str, values: dict[str, Any]) -> Any:
+    """The section with these values, keyed as ``section_knobs`` names them."""
+    cls, inside = SECTIONS[section], registry.nested(values)
+    below = {each.name: each.default_factory for each in fields(cls) if is_dataclass(each.default_factory)}
+    return cls(**{name: below[name](**value) if name in below else value for name, value in inside.items()})
+
+
+def section_values(settings: Settings, section: str) -> dict[str, Any]:
+    """The values of a section, keyed as ``section_knobs`` names them."""
+    return {name: operator.attrgetter(name)(getattr(settings, section)) for name in section_knobs(section)}
 
 
 def root_knobs() -> dict[str, registry.Knob]:

@@ -18,7 +18,7 @@ from ftrun import registry
 from ftrun.config import recipes
 from ftrun.config.recipes import DEFAULT_CHOICES, GROUPS, Recipe
 from ftrun.config.settings import SECTIONS, root_knobs, section_knobs, shared_select_knobs, shared_tokens_knobs
-from ftrun.registry import Knob, Spec
+from ftrun.registry import Knob, Spec, nested
 
 ROOT = "ftrun"
 SINGLE_SLOTS = tuple(slot for slot in registry.SLOTS if slot != "eval")
@@ -120,7 +120,7 @@ def _package(slot: str) -> str:
 
 def _node(knobs: Mapping[str, Knob], others: dict[str, Any]) -> DictConfig:
     """Defaults as Hydra merges them: a knob that is a table takes any entry, everything else only what there is."""
-    node = OmegaConf.create({name: knob.default for name, knob in knobs.items()} | others)
+    node = OmegaConf.create(nested({name: knob.default for name, knob in knobs.items()}) | others)
     for name, knob in knobs.items():
         if isinstance(knob.default, dict):
             OmegaConf.set_struct(node[name], False)

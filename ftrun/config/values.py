@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftrun.config.recipes import FIDELITIES
-from ftrun.config.settings import Settings
+from ftrun.config.settings import LaunchConfig, Settings
 from ftrun.errors import ConfigError, nearest
 from ftrun.registry import JOINT, find
 
@@ -26,7 +26,7 @@ _POSITIVE = {
         "max_grad_norm",
     ),
     "data": ("max_length", "heldout_limit", "limit"),
-    "launch": ("processes", "nodes", "threads"),
+    "launch": ("processes", "nodes", "threads", "timeout", "context_parallel"),
     "select": ("batch_tokens",),
 }
 
@@ -140,16 +140,7 @@ def check_values(settings: Settings, trains: bool = True) -> None:
             f"train.batch_size={train.batch_size}",
             f"Raise it to at least {processes}.",
         )
-    if not 0 <= settings.launch.node_rank < settings.launch.nodes:
-        rank = settings.launch.node_rank
-        raise ConfigError(
-            f"launch.node_rank counts machines from 0, and there are {settings.launch.nodes}",
-            f"launch.node_rank={rank}",
-        )
-    if settings.launch.nodes > 1 and not settings.launch.port:
-        raise ConfigError(
-            "several machines must agree on a port", "launch.port=0", "Set launch.port, for example to 29500."
-        )
+    _check_launch(settings.launch)
     if settings.seed < 0:
         raise ConfigError(f"seed must be 0 or above, not {settings.seed}", f"seed={settings.seed}")
     if not settings.stages:
@@ -169,6 +160,21 @@ def check_values(settings: Settings, trains: bool = True) -> None:
     _check_knobs(settings)
     _check_mixture(settings)
     parse_budget(settings.budget)
+
+
+def _check_launch(launch: LaunchConfig) -> None:
+    if launch.restarts < 0:
+        raise ConfigError(
+            f"launch.restarts must be 0 or above, not {launch.restarts}", f"launch.restarts={launch.restarts}"
+        )
+    if launch.rendezvous is not None:
+        host, _, port = launch.rendezvous.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+            raise ConfigError(
+                "launch.rendezvous is the address and port where the machines meet, host:port",
+                f"launch.rendezvous={launch.rendezvous}",
+                f"Write launch.rendezvous={(host if port.isdecimal() else launch.rendezvous) or 'HOST'}:29500",
+            )
 
 
 def _check_mixture(settings: Settings) -> None:

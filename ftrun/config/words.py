@@ -65,9 +65,24 @@ KEYS = {
     "eval": "evals evaluator evaluators metrics benchmark benchmarks",
     "launch.processes": "processes num_processes nproc nproc_per_node num_gpus gpus devices world_size",
     "launch.nodes": "nodes nnodes num_nodes num_machines",
+    "launch.rendezvous": "rendezvous rdzv_endpoint",
+    "launch.restarts": "restarts max_restarts",
+    "launch.strategy": "strategy distributed_type distributed_strategy",
+    "launch.context_parallel": "context_parallel context_parallel_size cp_size sequence_parallel_size",
     "launch.device": "device",
     "launch.threads": "threads num_threads",
 }
+# what other launchers want to be told, and ours finds out by itself
+MEETING = [
+    "node_rank",
+    "machine_rank",
+    "address",
+    "master_addr",
+    "main_process_ip",
+    "port",
+    "master_port",
+    "main_process_port",
+]
 # words that stand for a choice, whatever their value
 SWITCHES = {
     "load_in_4bit": "quant=nf4",
@@ -77,6 +92,8 @@ SWITCHES = {
     "use_peft": "adapter=lora",
     "use_lora": "adapter=lora",
     "lora": "adapter=lora",
+    "ddp": "launch.strategy=ddp",
+    "fsdp": "launch.strategy=fsdp",
     "bf16": "model.dtype=bfloat16",
     "fp16": "model.dtype=float16",
     "fp32": "model.dtype=float32",
@@ -131,6 +148,8 @@ def our_words(key: str, value: str = "...") -> str | None:
     section, _, last = key.lower().replace("-", "_").rpartition(".")
     if last in ("gradient_accumulation_steps", "grad_accum", "accumulate_grad_batches"):
         return "train.batch_size=16, the rows of one step in all; how many fit at once follows from train.batch_tokens"
+    if last in MEETING and section in ("", "launch"):
+        return "launch.rendezvous=HOST:PORT, the same on all machines: where they meet, each is given its number"
     ours = _OUR_KEY.get(last)
     if section and (section in registry.SLOTS or section == "launch") and (ours or "").split(".")[0] != section:
         return None  # adapter.alpha is lora_alpha, tokens.alpha is not

@@ -52,7 +52,7 @@ class Answering(Evaluator):
         renderer = Renderer(bundle.tokenizer)
         prompts = sorted(self._prompts(bundle, renderer, ctx), key=lambda prompt: (-len(prompt.ids), prompt.record.id))
         batches = [prompts[start : start + self.batch_size] for start in range(0, len(prompts), self.batch_size)]
-        mine = batches[ctx.team.rank :: ctx.team.world_size]
+        mine = ctx.team.share(batches)
         stops = stop_ids(bundle, renderer)
         writer = Writer(self.max_new_tokens, self.temperature)
         answered: list[dict[str, Any]] = []
@@ -62,7 +62,7 @@ class Answering(Evaluator):
                 for prompt, ids in zip(batch, outputs, strict=True):
                     answered.append(self._judge(bundle.tokenizer, prompt, ids, stops))
                 task.advance(len(batch))
-        predictions = [row for part in ctx.team.gather_object(answered) for row in part]
+        predictions = [row for part in ctx.team.collect(answered) for row in part]
         predictions.sort(key=lambda row: row["id"])
         metrics = {
             "accuracy": Metric.mean(row["score"] for row in predictions),

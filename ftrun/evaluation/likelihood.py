@@ -42,14 +42,14 @@ def likelihood(bundle: Bundle, table: TokenTable, ctx: Context, batch_tokens: in
     packed = packs_for_free(bundle.model, bundle.architecture)
     cut = cut_batches(lengths[asked], token_budget(batch_tokens, bundle.device), packed)
     batches = [[[int(asked[place]) for place in row] for row in batch] for batch in cut]
-    mine = batches[ctx.team.rank :: ctx.team.world_size]
+    mine = ctx.team.share(batches)
     found: list[tuple[np.ndarray, Likelihood]] = []
     with ctx.report.task(name, sum(len(row) for batch in mine for row in batch), unit="sequences") as task:
         for rows in mine:
             batch = collate(table, rows, bundle.pad_id).to(bundle.device)
             found.append((np.concatenate(rows), _of_batch(bundle, batch)))
             task.advance(batch.sequences)
-    for part in ctx.team.gather_object(found):
+    for part in ctx.team.collect(found):
         for indices, values in part:
             for field in fields(Likelihood):
                 getattr(result, field.name)[indices] = getattr(values, field.name)

@@ -69,7 +69,7 @@ class Comparison:
         writer = Writer(self.max_new_tokens)
         stops = stop_ids(bundle, renderer)
         batches = [prompts[start : start + self.batch_size] for start in range(0, len(prompts), self.batch_size)]
-        mine = batches[ctx.team.rank :: ctx.team.world_size]
+        mine = ctx.team.share(batches)
         found: list[Answer] = []
         with ctx.report.task("compare answers with the base", sum(map(len, mine)), unit="rows") as task:
             for batch in mine:
@@ -79,7 +79,7 @@ class Comparison:
                     theirs = ids if self.context == "same" else plain_ids(record, base.tokenizer)
                     found.append(_compared(record, tokens, (bundle, ids), (base, theirs)))
                     task.advance(1)
-        everyone = [answer for part in ctx.team.gather_object(found) for answer in part]
+        everyone = [answer for part in ctx.team.collect(found) for answer in part]
         return sorted(everyone, key=lambda answer: answer.id)
 
     def _base(self, bundle: Bundle, ctx: Context) -> Bundle:

@@ -78,6 +78,10 @@ class Architecture:
         found = re.search(rf"(?:^|\.){re.escape(self.layers_name)}\.(\d+)(?:\.|$)", parameter)
         return int(found[1]) if found else None
 
+    def layers_of(self, copy: nn.Module) -> list[nn.Module]:
+        """The layers of a copy of this model."""
+        return list(unwrap(copy).get_submodule(self.layers_name).children())
+
     def linear_names(self, kinds: Iterable[str] = ("all",)) -> list[str]:
         """Shortest names that mean exactly the linears of these kinds, as peft's ``target_modules`` reads them.
 

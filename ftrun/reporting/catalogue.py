@@ -23,6 +23,7 @@ from ftrun.config.settings import (
     Settings,
     root_knobs,
     section_knobs,
+    section_values,
     shared_select_knobs,
     shared_tokens_knobs,
 )
@@ -267,7 +268,7 @@ def sections(settings: Settings, recipe: Recipe | None, overrides: Sequence[str]
         spec = registry.find("eval", name)
         yield Section(f"eval={name}", values(f"eval.{name}.", spec.knobs, knobs), spec.doc)
     for section in SECTIONS:
-        yield Section(section, values(f"{section}.", section_knobs(section), vars(getattr(settings, section))))
+        yield Section(section, values(f"{section}.", section_knobs(section), section_values(settings, section)))
 
 
 def _doc(slot: str, name: str, settings: Settings) -> str:

@@ -32,8 +32,29 @@ from ftrun.training.loop import Reference, Trainer, switched_off
 from ftrun.training.setup import set_up
 
 
-def load_model(ctx: Context, labels: int | None) -> None:
-    """Put the run's model into ``ctx.bundle``; ``labels``: classes of a classifier. Raises ResourceError."""
+def load_model(ctx: Context, labels: int | None, whole: bool = True) -> None:
+    """Put the run's model into ``ctx.bundle``; ``labels``: classes of a classifier. Raises ResourceError.
+
+    Where the run holds a slice of the model in each process, it is loaded in slices unless a ``whole`` one is wanted.
+    """
+    strategy = ctx.strategy
+    if strategy is None or not strategy.sharded:
+        _load(ctx, labels)
+        return
+    if whole:
+        ctx.report.warn(
+            "the selection works with a whole copy of the model in each process; slices are for what trains and evaluates"
+        )
+    with ctx.team.in_turns():
+        _load(ctx, labels)
+        assert ctx.bundle is not None
+        if not whole:
+            strategy.place({"model": ctx.bundle.model}, ctx.bundle.architecture.layers)
+    if not whole:
+        strategy.open()
+
+
+def _load(ctx: Context, labels: int | None) -> None:
     settings = ctx.settings
     _warn_of_large_weights(ctx)
     with (
@@ -89,19 +110,34 @@ def attach(
     tokens: TokenPolicy,
     evaluate: Callable[[], float] | None,
     selected: bool,
+    labels: int | None = None,
 ) -> Trainer:
     """What trains the loaded model on ``table``; the adapter is on it afterwards.
 
-    ``evaluate`` gives the held-out loss; ``selected``: a selection may say in which order the rows come.
+    ``evaluate`` gives the held-out loss; ``selected``: a selection may say in which order the rows come; ``labels``:
+    classes of a classifier. With a slice of the model in each process, one process of a machine after the other loads it
+    anew, puts the adapter on and keeps its slice: a machine never holds more than one whole copy.
     """
+    if selected:
+        ctx.begin = training_order(table, ctx)
+    if ctx.strategy is None or not ctx.strategy.sharded:
+        return _attach(table, ctx, objective, tokens, evaluate)
+    ctx.bundle = ctx.adapter = None
+    ctx.strategy.release()
+    with ctx.team.in_turns():
+        _load(ctx, labels)
+        return _attach(table, ctx, objective, tokens, evaluate)
+
+
+def _attach(
+    table: TokenTable, ctx: Context, objective: Objective, tokens: TokenPolicy, evaluate: Callable[[], float] | None
+) -> Trainer:
     settings, bundle = ctx.settings, ctx.bundle
     assert bundle is not None
     begun = ctx.adapter
     adapter: Adapter = begun if isinstance(begun, Adapter) else settings.component("adapter")
     original = _copy_for_reference(adapter, objective, bundle.model, ctx)
     torch.manual_seed(settings.seed)
-    if selected:
-        ctx.begin = training_order(table, ctx)
     if not begun:
         bundle.model = settings.component("quant").prepare(bundle.model)
     return set_up(
@@ -115,6 +151,8 @@ def attach(
         schedule=settings.component("schedule"),
         evaluate=evaluate,
         reference=_reference(adapter, original, ctx) if objective.uses_reference else None,
+        original=original,
+        strategy=ctx.strategy,
     )
 
 

@@ -65,7 +65,7 @@ class Chain(RecordedRun):
             return
         train_pool = self.rows.edit(train_pool, self.load_model)
         table = self.rows.tokenise(train_pool).table
-        self.load_model()
+        self.load_model(whole=self.tokens.static or self.tokens.remembers)
         table = self.rows.weigh(table, train_pool)
         self.ctx.train_tokens = table
         if "train" in stages:
@@ -84,7 +84,8 @@ class Chain(RecordedRun):
         # training shuffles by itself; ids in pool order make it independent of ties in the ranking
         return pool.subset(np.sort(self.selected))
 
-    def load_model(self) -> None:
+    def load_model(self, whole: bool = True) -> None:
+        """Put the model into ``ctx.bundle``, ``whole`` or in slices where the strategy of the run has them."""
         if self.ctx.bundle is not None:
             return
         classes = labels_of(Path(self.settings.run)) if self.settings.run and self.rows.labels else []
@@ -94,16 +95,27 @@ class Chain(RecordedRun):
                 f"run={self.settings.run}",
                 "Train on the same classes, or start from the base model.",
             )
-        attach.load_model(self.ctx, len(self.rows.labels) if self.settings.task == "classify" else None)
+        attach.load_model(self.ctx, self.classes, whole)
         assert self.ctx.bundle is not None
         self.counts["total"] = logical_parameters(self.ctx.bundle.model)
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes of a classifier."""
+        return len(self.rows.labels) if self.settings.task == "classify" else None
 
     def attach(self, table: TokenTable) -> Trainer:
         """What trains the loaded model on ``table``; the adapter is on it afterwards."""
         heldout = self.ctx.heldout_tokens
         loss = (lambda: heldout_loss(self.ctx)) if heldout is not None and len(heldout) else None
         self.trainer = attach.attach(
-            table, self.ctx, self.objective, self.tokens, evaluate=loss, selected=self.selected is not None
+            table,
+            self.ctx,
+            self.objective,
+            self.tokens,
+            evaluate=loss,
+            selected=self.selected is not None,
+            labels=self.classes,
         )
         self.counts["trainable"] = sum(p.numel() for p in self.trainer.parameters.values() if p.requires_grad)
         return self.trainer
@@ -122,12 +134,14 @@ class Chain(RecordedRun):
             if self.ctx.team.is_main:
                 self.write_settings({})
         train.train(trainer, self.ctx, self.signals, path, self.counts)
-        train.save(trainer.adapter, self.ctx)
+        train.save(trainer, self.ctx)
         if "eval" in settings.stages:
             self.evaluate("final")
 
     def evaluate(self, tag: Literal["before", "final"]) -> None:
         """Run the evaluators; their values end in the summary."""
+        if self.ctx.strategy is not None:
+            self.ctx.strategy.open()
         found = evaluate(self.ctx, tag)
         if tag == "before":
             self.metrics["before"] = found

@@ -26,6 +26,7 @@ from ftrun.training.context import Context
 from ftrun.training.distributed import Team
 from ftrun.training.loop import Trainer
 from ftrun.training.signals import StopSignals, error_for
+from ftrun.training.strategies.choice import choose
 
 OUTPUTS = ("selection", "train", "eval", "adapter", "model")  # what a run computes, as against what it says of itself
 SPARE, SPARE_BYTES = ".spare", 1 << 16  # given up at the end, so that a full disk has room for how the run ended
@@ -44,7 +45,7 @@ def carry_out(settings: Settings, make: Callable[[Context, StopSignals], Recorde
     report = Reporter(rank=team.rank)
     lock = RunLock(out) if team.is_main else contextlib.nullcontext()
     with lock, StopSignals() as signals, contextlib.closing(report):
-        ctx = Context(settings, out, team, report)
+        ctx = Context(settings, out, team, report, choose(settings, team, report))
         recorded = make(ctx, signals)
         try:
             recorded.check_folder()

@@ -16,7 +16,6 @@ from ftrun.stages.trained import merge_run
 from ftrun.training import checkpoint, estimate
 from ftrun.training.context import Context
 from ftrun.training.loop import Trainer
-from ftrun.training.parts import Attached
 from ftrun.training.signals import StopSignals
 
 
@@ -78,17 +77,19 @@ def check_length(trainer: Trainer, begun_with: dict[str, Any], path: Path | None
     ctx.report.note(f"the run goes on to step {after:,} instead of {before:,}; {said}")
 
 
-def save(adapter: Attached, ctx: Context) -> None:
+def save(trainer: Trainer, ctx: Context) -> None:
     """Write adapter/ or model/, and merge where the run asks for it."""
+    adapter = trainer.adapter
     assert ctx.bundle is not None and isinstance(adapter, Adapter)
-    if ctx.team.is_main:
-        folder = adapter.save(ctx.bundle.model, ctx.out)
-        ctx.bundle.tokenizer.save_pretrained(folder)
-        ctx.report.note(f"saved {folder}")
-        if folder.name == "adapter":
-            shutil.rmtree(ctx.out / "model", ignore_errors=True)  # merged from an earlier state of a resumed run
-        if ctx.settings.train.merge and folder.name == "adapter":
-            ctx.report.note(f"merged into {merge_run(ctx.out, ctx.settings, ctx.team.device)}")
+    with trainer.strategy.gathered(ctx.bundle.model) as here:
+        if here:
+            folder = adapter.save(ctx.bundle.model, ctx.out)
+            ctx.bundle.tokenizer.save_pretrained(folder)
+            ctx.report.note(f"saved {folder}")
+            if folder.name == "adapter":
+                shutil.rmtree(ctx.out / "model", ignore_errors=True)  # merged from an earlier state of a resumed run
+            if ctx.settings.train.merge and folder.name == "adapter":
+                ctx.report.note(f"merged into {merge_run(ctx.out, ctx.settings, ctx.team.device)}")
     ctx.team.barrier()
 
 

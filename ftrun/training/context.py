@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ftrun.training.distributed import Team
     from ftrun.training.parts import Attached
     from ftrun.training.scoring import Scoring
+    from ftrun.training.strategies.base import Strategy
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Context:
     out: Path  # the run folder
     team: Team  # the processes of this run: rank, world_size, barrier, all_reduce, gather
     report: Reporter  # progress and messages for people, on standard error and in ftrun.log
+    strategy: Strategy | None = None  # how the processes share the model, and the steps of its training
     adapter: Attached | None = None  # where it was put on with the model: that of the run that this one goes on from
     bundle: Bundle | None = None  # the run's model; a stage that needs it loads it through stages/attach.py
     heldout: Pool | None = None  # rows kept for evaluation

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from ftrun.config.settings import LaunchConfig
 from ftrun.errors import ConfigError
 from ftrun.runs.cores import OMP, threads_per_process
+
+Item = TypeVar("Item")
 
 
 class Team:
@@ -52,6 +56,8 @@ class Team:
             error.secondary = self.rank > 0
             raise error
 
+    splits: bool = True  # work on a model can be divided; with a slice of it in each process, all do all of it
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -74,30 +80,28 @@ class Team:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Those that this process works on with the model."""
+        return items[self.rank :: self.world_size] if self.splits else items
+
+    def collect(self, made: Item) -> list[Item]:
+        """What all processes have made of their shares, each piece once, on every process."""
+        return self.gather_object(made) if self.splits else [made]
+
+    @contextmanager
+    def in_turns(self) -> Iterator[None]:
+        """The body is run by one process of a machine after the other: none needs the memory at the same time."""
+        local = self.accelerator.local_process_index
+        for turn in range(max(self.gather_object(local)) + 1):
+            if turn == local:
+                yield
+            self.barrier()
+
     def broadcast_(self, tensors: list[torch.Tensor]) -> None:
         """Overwrite with the values of process 0."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.data, src=0)
-
-    def sum_gradients(self, parameters: list[torch.nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
-        """Add up the gradients of all processes in place; a parameter without a gradient anywhere stays without one."""
-        if self.world_size == 1:
-            return
-        have = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
-        used = [p for p, count in zip(parameters, self.sum(have).tolist(), strict=True) if count > 0]
-        bucket: list[torch.nn.Parameter] = []
-        size = 0
-        for parameter in used:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            bucket.append(parameter)
-            size += parameter.grad.numel() * parameter.grad.element_size()
-            if size >= bucket_bytes:
-                _sum_bucket(bucket)
-                bucket, size = [], 0
-        if bucket:
-            _sum_bucket(bucket)
 
     def lost_another(self, error: Exception) -> bool:
         """Whether ``error`` only says that another process is gone."""
@@ -112,17 +116,3 @@ class Team:
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _sum_bucket(parameters: list[torch.nn.Parameter]) -> None:
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        assert parameter.grad is not None
-        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        at = 0
-        for gradient in gradients:
-            gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
-            at += gradient.numel()

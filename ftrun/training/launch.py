@@ -90,7 +90,7 @@ def spawn(command: Sequence[str], launch: LaunchConfig) -> None:
     Signals are passed on; when one process dies, the others get time to write down the end and are then ended. None
     outlives this call.
     """
-    if launch.nodes > 1 and not launch.port:
+    if launch.nodes > 1:
         raise ConfigError(
             "several machines need a fixed port",
             f"launch.nodes={launch.nodes}",
@@ -112,17 +112,17 @@ def spawn(command: Sequence[str], launch: LaunchConfig) -> None:
 
 
 def _start(command: Sequence[str], launch: LaunchConfig, folder: Path, workers: list[Worker]) -> None:
-    port = launch.port or _free_port()
+    port = _free_port()
     world = launch.processes * launch.nodes
     for local in range(launch.processes):
-        rank = launch.node_rank * launch.processes + local
+        rank = local
         file = folder / f"{rank}.json"
         environment = os.environ | {
             "RANK": str(rank),
             "LOCAL_RANK": str(local),
             "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(launch.processes),
-            "MASTER_ADDR": launch.address,
+            "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "TOKENIZERS_PARALLELISM": "false",
             ERROR_FILE: str(file),

@@ -34,10 +34,9 @@ from ftrun.schedules.base import Schedule
 from ftrun.training import checkpoint, weightlog
 from ftrun.training.checkpoint import Progress
 from ftrun.training.context import Context
-from ftrun.training.gradients import backward
 from ftrun.training.parts import Attached, Minimised, Weighing
-from ftrun.training.precision import settle_precision
 from ftrun.training.signals import StopSignals
+from ftrun.training.strategies.base import Strategy
 from ftrun.training.view import StepView
 from ftrun.training.weightlog import WeightLog
 
@@ -57,6 +56,7 @@ class Trainer:
     optimizer: Optimizer
     schedule: Schedule
     parameters: dict[str, nn.Parameter]  # everything that may train, by name
+    strategy: Strategy  # how the processes share a step
     evaluate: Callable[[], float] | None  # held-out loss
     reference: Reference | None = None
     title: str = "training"  # of the progress display
@@ -64,7 +64,6 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.settings = self.ctx.settings.train
-        settle_precision(self.bundle, self.parameters, self.settings.pure_bfloat16, self.ctx.report)
         self.team = self.ctx.team
         self.plan = self.planned(self.settings.epochs, self.settings.max_steps)
         self.folder = self.ctx.out / "train"
@@ -136,13 +135,13 @@ class Trainer:
         self.tokens.before_step(step, self)
         torch.manual_seed(int(np.random.SeedSequence([self.ctx.seed, step, self.team.rank]).generate_state(1)[0]))
         self.adapter.before_step(step)
+        self.strategy.before_step()
         self.bundle.model.train()
         batches = self._my_batches(step)
         counts = self._counts(batches)
         count, tokens, trained = counts["loss"], counts.pop("tokens"), counts.pop("trained_tokens")
         with memory.memory_guard(f"training step {step + 1}", self._advice()):
             sums = self._backward(batches, max(count, 1.0), counts)
-            self.team.sum_gradients(list(self.parameters.values()))
         names = sorted(sums)
         totals = self.team.sum(
             torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.team.device)
@@ -188,25 +187,42 @@ class Trainer:
 
     def _backward(self, batches: list[Batch], count: float, counts: dict[str, float]) -> dict[str, float]:
         """Forward and backward of all micro-batches; sums of the loss and its parts on this process."""
-        views = self._views(batches, counts)
-        statistics = self._statistics(views) if self.tokens.whole_step else None
+        rounds = self.strategy.rounds(len(batches))
+        # a process with fewer of its own goes along with the first row of the step, which counts nothing there
+        spare = self._micro_batches(self.plan.step(self.progress.step)[:1])[:1] if rounds > len(batches) else []
+        views = self._views([*batches, *spare * (rounds - len(batches))], counts)
+        statistics = None
+        if self.tokens.whole_step and len(views) > 1:
+            statistics = self._statistics(self._views([view.batch for view in views], counts), len(batches))
         sums: dict[str, float] = {"loss": 0.0}
         if self.tokens.dynamic:
             self.weight_log.clear()
-        while views:
+        for number in range(rounds):
             view = views.pop(0)  # its graph is freed with it
-            if self.tokens.dynamic:
-                view.step_statistics = statistics
-                _ = view.token_nll  # made with its graph, before gradients are switched off
-                with torch.no_grad():
-                    view.factors = self.tokens.weigh(view)
-                self.weight_log.add(view.batch, view.factors.float().cpu().numpy())
-            loss = self.objective.loss(view)
-            backward(loss.value / count)
-            for name, part in {"loss": loss.value, **loss.parts, **view.parts}.items():
-                sums[name] = sums.get(name, 0.0) + float(part.detach())
+            work = functools.partial(self._loss, view, count, statistics, sums, number < len(batches))
+            self.strategy.backward(work, last=number == rounds - 1)
             self._bar.advance(0)  # a long step still shows that it lives
         return sums
+
+    def _loss(
+        self, view: StepView, count: float, statistics: Tensor | None, sums: dict[str, float], counts: bool
+    ) -> Tensor:
+        """The loss of one micro-batch, divided by ``count``; it and its parts are added to ``sums`` if it ``counts``."""
+        if self.tokens.whole_step and statistics is None:
+            statistics = self._gathered_statistics([self.tokens.statistic(view).detach()] if counts else [])
+        if self.tokens.dynamic:
+            view.step_statistics = statistics
+            _ = view.token_nll  # made with its graph, before gradients are switched off
+            with torch.no_grad():
+                view.factors = self.tokens.weigh(view)
+            if counts:
+                self.weight_log.add(view.batch, view.factors.float().cpu().numpy())
+        loss = self.objective.loss(view)
+        if not counts:
+            return 0.0 * loss.value
+        for name, part in {"loss": loss.value, **loss.parts, **view.parts}.items():
+            sums[name] = sums.get(name, 0.0) + float(part.detach())
+        return loss.value / count
 
     def _views(self, batches: list[Batch], counts: dict[str, float]) -> list[StepView]:
         seed = (self.ctx.seed, self.progress.step)
@@ -226,17 +242,16 @@ class Trainer:
             for batch in batches
         ]
 
-    def _statistics(self, views: list[StepView]) -> Tensor:
-        """What the token policy wants to know of the whole step, from every micro-batch of every process.
+    def _statistics(self, views: list[StepView], mine: int) -> Tensor:
+        """What the token policy wants to know of the whole step, from the first ``mine`` micro-batches of every process.
 
-        One micro-batch keeps its graph for the loss; with more, an extra pass without gradient comes first.
+        A step of one micro-batch needs no pass of its own for it: there the graph is kept for the loss.
         """
-        if len(views) == 1:
-            parts = [self.tokens.statistic(views[0]).detach()]
-        else:
-            with torch.no_grad():
-                again = self._views([view.batch for view in views], views[0].counts if views else {})
-                parts = [self.tokens.statistic(view) for view in again]
+        with torch.no_grad():
+            parts = [self.strategy.forward(functools.partial(self.tokens.statistic, view)) for view in views]
+        return self._gathered_statistics(parts[:mine])
+
+    def _gathered_statistics(self, parts: list[Tensor]) -> Tensor:
         mine = torch.cat(parts).cpu() if parts else torch.zeros(0)
         return torch.cat(self.team.gather_object(mine)).to(self.team.device)
 
@@ -249,7 +264,7 @@ class Trainer:
         views = self._views(batches, self._counts(batches))
         found: dict[int, Tensor] = {}
         with torch.no_grad():
-            statistics = self._statistics(views) if self.tokens.whole_step else None
+            statistics = self._statistics(views, len(views)) if self.tokens.whole_step else None
             for view in views:
                 view.step_statistics = statistics
                 if self.tokens.dynamic:
@@ -264,14 +279,15 @@ class Trainer:
         lengths = self._input_lengths
         per_row = lengths.reshape(len(self.table), -1).sum(axis=1)
         rows = deal(self.plan.step(step), per_row, self.team.world_size)[self.team.rank]
-        if len(rows) == 0:
-            return []
-        cut = micro_batches(self.table, rows, self.batch_tokens, self.packing, self.bundle.pad_id, lengths)
+        return self._micro_batches(rows) if len(rows) else []
+
+    def _micro_batches(self, rows: np.ndarray) -> list[Batch]:
+        cut = micro_batches(self.table, rows, self.batch_tokens, self.packing, self.bundle.pad_id, self._input_lengths)
         batches = [batch.to(self.team.device) for batch in cut]
         if not self.tokens.arranges:
             return batches
-        seed = (self.ctx.seed, step)
-        return [self.tokens.arrange(batch, seed, step / self.plan.steps) for batch in batches]
+        step = self.progress.step
+        return [self.tokens.arrange(batch, (self.ctx.seed, step), step / self.plan.steps) for batch in batches]
 
     @functools.cached_property
     def _input_lengths(self) -> np.ndarray:
@@ -279,9 +295,7 @@ class Trainer:
         return np.asarray(self.tokens.input_lengths(self.table))
 
     def _clip(self) -> float:
-        bound = self.settings.max_grad_norm
-        have = [p for p in self.parameters.values() if p.grad is not None]
-        return float(nn.utils.clip_grad_norm_(have, bound if bound is not None else math.inf))
+        return self.strategy.clip(list(self.parameters.values()), self.settings.max_grad_norm)
 
     def _set_rates(self, step: int) -> float:
         factor = self.schedule.factor(step, self.plan.steps)
@@ -316,15 +330,17 @@ class Trainer:
     def _save_and_evaluate(self, metrics: TextIO | None, force: bool) -> None:
         step, last = self.progress.step, self.progress.step == self.plan.steps
         if self.evaluate and self.settings.eval_steps and (step % self.settings.eval_steps == 0 or last):
+            self.strategy.open()
             loss = self.evaluate()
             if self.progress.best_loss is None or loss < self.progress.best_loss:
                 self.progress.best_loss, self.progress.best_step = loss, step
             self._write({"step": step, "eval_loss": loss}, metrics)
         if force or last or (self.settings.save_steps and step % self.settings.save_steps == 0):
-            if self.team.is_main:
+            if self.team.is_main or self.strategy.sharded:
                 checkpoint.save(
-                    self.folder / "checkpoints", self.progress, self.parameters, self.optimizer, self.adapter
+                    self.folder / "checkpoints", self.progress, self.parameters, self.optimizer, self.adapter, self.team
                 )
+            if self.team.is_main:
                 spare = self.progress.best_step if self.settings.load_best else None
                 checkpoint.prune(self.folder / "checkpoints", self.settings.keep_checkpoints, spare)
             self.team.barrier()

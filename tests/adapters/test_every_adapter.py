@@ -335,13 +335,12 @@ def test_every_type_was_tried_or_left_out():
     assert set(TYPES) == limits.TRIED
 
 
-def settings(quant="none", task="causal", strategy="ddp", **train):
+def settings(quant="none", task="causal", **train):
     plain = {"gradient_checkpointing": False, "packing": None, "merge": False}
     return SimpleNamespace(
         choice=lambda slot: {"quant": quant}[slot],
         task=task,
         train=SimpleNamespace(**plain | train),
-        launch=SimpleNamespace(strategy=strategy),
     )
 
 
@@ -353,7 +352,6 @@ def settings(quant="none", task="causal", strategy="ddp", **train):
         ("cartridge", {}, {"gradient_checkpointing": True}),
         ("prompt_tuning", {}, {"packing": True}),
         ("beft", {}, {"merge": True}),
-        ("vera", {}, {"strategy": "fsdp"}),
         ("vera", {}, {"task": "classify"}),
         ("trainable_tokens", {"token_indices": []}, {}),
         ("oft", {"eps": 1.0}, {}),

@@ -22,7 +22,10 @@ def real_fields(cls: type) -> dict[str, tuple[object, object]]:
     found = {}
     for field in dataclasses.fields(cls):
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-        found[field.name] = (hints[field.name], default)
+        if dataclasses.is_dataclass(default):  # a section inside the section
+            found |= {f"{field.name}.{name}": real for name, real in real_fields(type(default)).items()}
+        else:
+            found[field.name] = (hints[field.name], default)
     return found
 
 

@@ -34,6 +34,14 @@ class Alone:
             return [value]
         return self.gathered[len(self.given) - 1] if self.gathered else [value]
 
+    splits = True
+
+    def share(self, items: Any) -> Any:
+        return items[self.rank :: self.world_size]
+
+    def collect(self, made: Any) -> list[Any]:
+        return self.gather_object(made)
+
 
 @pytest.fixture
 def alone():

@@ -35,11 +35,16 @@ class Alone:
     def broadcast_(self, tensors: list[torch.Tensor]) -> None:
         return
 
-    def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        return
-
     def gather_object(self, value: Any) -> list[Any]:
         return [value]
+
+    splits = True
+
+    def share(self, items: Any) -> Any:
+        return items
+
+    def collect(self, made: Any) -> list[Any]:
+        return [made]
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,6 @@ class FullFineTuning(Adapter):
     """Every weight of the model trains; the result is an ordinary checkpoint."""
 
     needs: ClassVar[dict[str, str]] = {"trainable_base": "trains all base weights"}
-    shards: ClassVar[bool] = True
 
     def attach(self, model: nn.Module, ctx: Context) -> nn.Module:
         self._tokenizer = ctx.bundle.tokenizer if ctx.bundle else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ftrun.adapters.base import Adapter
 from ftrun.adapters.peft_adapter import PeftAdapter, put_back, resolve_targets, task_type
@@ -44,8 +44,6 @@ class Lora(PeftAdapter):
     ``use_qalora`` needs GPTQ, ``megatron_*`` needs Megatron, ``arrow_config`` routes between finished adapters, and
     ``kasa_config`` and ``monteclora_config`` need loss terms that peft does not add.
     """
-
-    shards: ClassVar[bool] = True
 
     r: int = 16  # rank
     lora_alpha: float = 32.0  # the update is scaled by lora_alpha / r

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from ftrun.adapters.peft_adapter import PeftAdapter, resolve_targets, task_type
 from ftrun.errors import ConfigError
@@ -24,8 +24,6 @@ class Ia3(PeftAdapter):
     Each adapted linear gets one vector ``l``, ones at the start: attention linears give ``l * (W x)``, feed-forward
     linears give ``W (l * x)``. A few thousand numbers train; they want a learning rate near 3e-3.
     """
-
-    shards: ClassVar[bool] = True
 
     target_modules: list[str] | str | None = (
         None  # linears to scale; null: keys, values and the last feed-forward linear

@@ -70,7 +70,7 @@ class Classification(Evaluator):
     def _logits(self, bundle: Bundle, table: TokenTable, ctx: Context) -> np.ndarray:
         """Logits of every row, (rows, classes), on all processes alike."""
         batches = length_sorted(np.asarray(table.lengths), token_budget(self.batch_tokens, bundle.device))
-        mine = batches[ctx.team.rank :: ctx.team.world_size]
+        mine = ctx.team.share(batches)
         found: dict[int, np.ndarray] = {}
         with ctx.report.task("classify", sum(map(len, mine)), unit="rows") as task:
             for rows in mine:
@@ -79,6 +79,6 @@ class Classification(Evaluator):
                 found |= dict(zip(rows, logits.double().cpu().numpy(), strict=True))
                 task.advance(len(rows))
         everywhere: dict[int, np.ndarray] = {}
-        for part in ctx.team.gather_object(found):
+        for part in ctx.team.collect(found):
             everywhere |= part
         return np.stack([everywhere[row] for row in range(len(table))])

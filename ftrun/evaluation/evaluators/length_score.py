@@ -62,7 +62,7 @@ class LengthScore(Evaluator):
         stops = stop_ids(bundle, renderer)
         writer = Writer(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
         answered: list[dict[str, Any]] = []
-        mine = batches[ctx.team.rank :: ctx.team.world_size]
+        mine = ctx.team.share(batches)
         with ctx.report.task("write long answers", sum(map(len, mine)), unit="rows") as task:
             for batch in mine:
                 outputs = writer.generate(bundle, [ids for _, _, ids in batch], stops, ctx.seed)
@@ -80,9 +80,7 @@ class LengthScore(Evaluator):
                         }
                     )
                 task.advance(len(batch))
-        predictions = sorted(
-            (row for part in ctx.team.gather_object(answered) for row in part), key=lambda row: row["id"]
-        )
+        predictions = sorted((row for part in ctx.team.collect(answered) for row in part), key=lambda row: row["id"])
         metrics = {
             "length_score": Metric.mean(row["score"] for row in predictions),
             "finished": Metric.mean(row["finished"] for row in predictions),

@@ -35,7 +35,8 @@ class LmEval(Evaluator):
     chat: bool = False  # put prompts into the chat template
 
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
-        found = self._run(bundle, ctx) if ctx.team.rank == 0 else None
+        alone = ctx.team.rank == 0 or not ctx.team.splits  # a model in slices is run by all
+        found = self._run(bundle, ctx) if alone else None
         result = ctx.team.gather_object(found)[0]
         assert result is not None
         return result

@@ -105,7 +105,7 @@ class Prototypes(Evaluator):
     def _states(self, objective: ReadsMasks, bundle: Bundle, table: TokenTable, ctx: Context) -> np.ndarray:
         """States at the masks of every row, (rows, masks, width), on all processes alike."""
         batches = length_sorted(np.asarray(table.lengths), token_budget(self.batch_tokens, bundle.device))
-        mine = batches[ctx.team.rank :: ctx.team.world_size]
+        mine = ctx.team.share(batches)
         found: dict[int, np.ndarray] = {}
         with ctx.report.task("classify", sum(map(len, mine)), unit="rows") as task:
             for rows in mine:
@@ -114,7 +114,7 @@ class Prototypes(Evaluator):
                 found |= dict(zip(rows, states, strict=True))
                 task.advance(len(rows))
         everywhere: dict[int, np.ndarray] = {}
-        for part in ctx.team.gather_object(found):
+        for part in ctx.team.collect(found):
             everywhere |= part
         return np.stack([everywhere[row] for row in range(len(table))])
 

@@ -101,7 +101,7 @@ class Urial(Evaluator):
     def evaluate(self, bundle: Bundle, ctx: Context) -> Evaluation:
         prompts = sorted(self._prompts(bundle, ctx), key=lambda prompt: (-len(prompt.ids), prompt.record.id))
         batches = [prompts[start : start + self.batch_size] for start in range(0, len(prompts), self.batch_size)]
-        mine = batches[ctx.team.rank :: ctx.team.world_size]
+        mine = ctx.team.share(batches)
         writer = Writer(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
         stops = _ends(bundle)
         answered: list[dict[str, Any]] = []
@@ -116,7 +116,7 @@ class Urial(Evaluator):
                 ):
                     answered.append(_judged(prompt, bundle.tokenizer.decode(new, skip_special_tokens=True), new, stops))
                 task.advance(len(batch))
-        predictions = [row for part in ctx.team.gather_object(answered) for row in part]
+        predictions = [row for part in ctx.team.collect(answered) for row in part]
         predictions.sort(key=lambda row: row["id"])
         metrics = {
             "accuracy": Metric.mean(row["score"] for row in predictions),
