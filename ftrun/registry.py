@@ -85,6 +85,9 @@ class Later(Mapping[str, Knob]):
     def __len__(self) -> int:
         return len(self._read())
 
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(list(self._read()))
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from ftrun import registry
 from ftrun.adapters import peft_limits as limits
-from ftrun.config.settings import ModelConfig
+from ftrun.config.settings import LaunchConfig, ModelConfig
 from ftrun.data.batches import collate
 from ftrun.errors import ComponentError, ConfigError
 from ftrun.models.architecture import describe
@@ -29,6 +29,7 @@ from ftrun.models.load import load_bundle
 from ftrun.stages import shape
 from ftrun.training import checkpoint
 from ftrun.training.checkpoint import Progress
+from ftrun.training.distributed import Team
 
 NAMES = list(registry.specs("adapter"))
 TYPES = [name for name in NAMES if registry.find("adapter", name).library]
@@ -91,8 +92,13 @@ def runs() -> dict[str, Ran]:
     return {}
 
 
+@pytest.fixture(scope="module")
+def team() -> Team:
+    return Team(LaunchConfig())
+
+
 @pytest.fixture
-def ran(request, runs, fresh, context, logits, train, tmp_path_factory) -> Ran:
+def ran(request, runs, team, fresh, context, logits, train, tmp_path_factory) -> Ran:
     """The one run of an adapter."""
     name = request.param
     if name not in runs:
@@ -104,7 +110,7 @@ def ran(request, runs, fresh, context, logits, train, tmp_path_factory) -> Ran:
         start = logits(model)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         losses = train(adapter, model.train(), count=2, optimizer=optimizer)
-        path = checkpoint.save(tmp_path_factory.mktemp(name), Progress(step=2), named, optimizer, adapter)
+        path = checkpoint.save(tmp_path_factory.mktemp(name), Progress(step=2), named, optimizer, adapter, team)
         losses += train(adapter, model, count=2, optimizer=optimizer, first=2)
         now = dict(model.named_parameters())
         moved = [n for n, value in frozen.items() if not torch.equal(now[n], value)]
