@@ -20,6 +20,7 @@ ARGUMENTS = {
     "adapter=fourierft": ["adapter.n_frequency=50"],
     "adapter=miss": ["adapter.r=8"],
     "adapter=psoft": ["adapter.r=8"],
+    "recipe=pissa_sft": ["adapter.r=16"],
     "adapter=road": ["adapter.group_size=8"],
     "adapter=shira": ["adapter.r=2"],
     "adapter=trainable_tokens": ["adapter.token_indices=[5,6]"],
