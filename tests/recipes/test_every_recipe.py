@@ -93,7 +93,7 @@ def overrides_for(name, rows_for, tiny_dir, tiny_encoder_dir, out) -> list[str]:
 
 
 def extra(name, tiny_dir) -> list[str]:
-    recipe = recipes.find(name)
+    recipe, slots = recipes.find(name), ("objective", "tokens", "select", "picker", "adapter")
     return [
         word.format(
             tiny=tiny_dir,
@@ -103,8 +103,7 @@ def extra(name, tiny_dir) -> list[str]:
             answering=answering_model(tiny_dir) if "{answering}" in word else "",
         )
         for choice, words in ARGUMENTS.items()
-        if choice
-        in [f"{slot}={recipe.choice(slot)}" for slot in ("objective", "tokens", "select", "picker", "adapter")]
+        if choice in [f"recipe={name}", *(f"{slot}={recipe.choice(slot)}" for slot in slots)]
         for word in words
     ]
 
