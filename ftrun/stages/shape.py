@@ -28,17 +28,7 @@ def trained(settings: Settings, model: nn.Module, ctx: Context) -> Trained:
 
     An adapter that looks at weights is put on one and on two layers with random ones: the rest is as many times theirs.
     """
-    architecture = describe(model)
-    ctx.bundle = Bundle(
-        model,
-        load_tokenizer(settings.model),
-        architecture,
-        torch.device("meta"),
-        torch.float32,
-        settings.model.path,
-        "",
-        architecture.context_length,
-    )
+    ctx.bundle = _bundle(settings, model)
     try:
         return _attached(settings, model, ctx, {})
     except NotImplementedError:  # there are no weights to look at
@@ -46,18 +36,30 @@ def trained(settings: Settings, model: nn.Module, ctx: Context) -> Trained:
 
 
 def check_fit(settings: Settings, ctx: Context) -> None:
-    """Refuse an adapter that does not fit the model, before weights are loaded. Raises ConfigError."""
-    bundle, model = ctx.bundle, meta_model(settings.model, settings.task)
+    """Refuse an adapter that does not fit the model, before weights are loaded. Raises ConfigError.
+
+    What looks at weights is not tried: that would take as long as the attaching itself.
+    """
+    before, model = ctx.bundle, meta_model(settings.model, settings.task)
+    ctx.bundle = _bundle(settings, model)
     try:
-        found = trained(settings, model, ctx)
+        found = _attached(settings, model, ctx, {})
+    except NotImplementedError:
+        return
     finally:
-        ctx.bundle = bundle
+        ctx.bundle = before
     if found.ever == 0:
         raise ConfigError(
             "nothing would be trained: no parameter is trainable",
             f"adapter={settings.choice('adapter')}",
             "Give it a larger budget, or other modules.",
         )
+
+
+def _bundle(settings: Settings, model: nn.Module) -> Bundle:
+    architecture, meta = describe(model), torch.device("meta")
+    tokenizer, path = load_tokenizer(settings.model), settings.model.path
+    return Bundle(model, tokenizer, architecture, meta, torch.float32, path, "", architecture.context_length)
 
 
 def _attached(settings: Settings, model: nn.Module, ctx: Context, changed: dict[str, Any]) -> Trained:
