@@ -86,7 +86,8 @@ class Preempted(FtrunError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ``Did you mean "lora"?`` or the list of what exists."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
-        return f'Did you mean "{close[0]}"?'
+        swapped = [other for other in close if sorted(other) == sorted(name)]  # two letters that changed places
+        return f'Did you mean "{(swapped or close)[0]}"?'
     return "Known: " + ", ".join(known) + "." if known else ""

@@ -8,13 +8,14 @@ is misspelt.
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import importlib
 import importlib.metadata
 import types
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -38,6 +39,9 @@ SLOTS = {
 # slots that take several components at once, as in tokens=[token_cleaning,talr], and what makes one of them
 COMBINED = {"tokens": ("ftrun.tokens.several", "Several")}
 JOINT = "+"  # between their names
+
+# slots that the types of a library fill besides, and what reads them from its source
+LIBRARIES = {"adapter": "ftrun.adapters.peft_types"}
 
 Component = TypeVar("Component", bound=type)
 _classes: dict[tuple[str, str], type] = {}
@@ -66,6 +70,25 @@ class Knob:
     help: str = ""
 
 
+class Later(Mapping[str, Knob]):
+    """Knobs that are read when somebody asks for one: most commands ask for those of a few components."""
+
+    def __init__(self, read: Callable[[], Mapping[str, Knob]]):
+        self._read = functools.cache(read)
+
+    def __getitem__(self, name: str) -> Knob:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(list(self._read()))
+
+
 @dataclass(frozen=True)
 class Spec:
     """What is known of a component without importing it.
@@ -78,11 +101,12 @@ class Spec:
     module: str
     cls: str
     doc: str
-    knobs: dict[str, Knob]
+    knobs: Mapping[str, Knob]
     needs: dict[str, str] = field(default_factory=dict)
     lacks: dict[str, str] = field(default_factory=dict)
     source: Path | None = None
     parts: tuple[str, ...] = ()  # names, where it stands for several components
+    library: bool = False  # runs a type of a library (LIBRARIES): its class is made from the knobs that were read
 
 
 def build(slot: str, name: str, knobs: dict[str, Any] | None = None) -> Any:
@@ -91,9 +115,24 @@ def build(slot: str, name: str, knobs: dict[str, Any] | None = None) -> Any:
     if spec.parts:
         made = [build(slot, part, (knobs or {}).get(part)) for part in spec.parts]
         return getattr(importlib.import_module(spec.module), spec.cls)(made)
+    if spec.library:
+        return _made_class(slot, name)(**(knobs or {}))
     if (slot, name) not in _classes:
         importlib.import_module(spec.module)
     return _classes[slot, name](**(knobs or {}))
+
+
+@functools.cache
+def _made_class(slot: str, name: str) -> type:
+    """A dataclass of a library's type: what runs it, with the knobs that were read."""
+    spec = find(slot, name)
+    base = getattr(importlib.import_module(spec.module), spec.cls)
+    fields = [
+        (knob.name, knob.type, field(default_factory=functools.partial(copy.deepcopy, knob.default)))
+        for knob in spec.knobs.values()
+    ]
+    said = {"slot": slot, "name": name, "__doc__": spec.doc, "needs": spec.needs, "lacks": spec.lacks}
+    return make_dataclass(spec.cls, fields, bases=(base,), namespace=said)
 
 
 def find(slot: str, name: str) -> Spec:
@@ -104,6 +143,11 @@ def find(slot: str, name: str) -> Spec:
     if name not in known:
         raise ConfigError(f'{slot} has no choice "{name}"', f"{slot}={name}", nearest(name, known))
     return known[name]
+
+
+def left_out(slot: str, name: str) -> str:
+    """Why a type of a slot's library is not offered; empty where the library has none of the name, or it is."""
+    return importlib.import_module(LIBRARIES[slot]).why_not(name) if slot in LIBRARIES else ""
 
 
 def _combined(slot: str, name: str) -> Spec:
@@ -126,16 +170,26 @@ def defaults(spec: Spec) -> dict[str, Any]:
 def specs(slot: str) -> dict[str, Spec]:
     """All components of a slot by name: ours from disk, then those that installed packages bring."""
     found: dict[str, Spec] = {}
+    if slot in LIBRARIES:
+        found |= importlib.import_module(LIBRARIES[slot]).specs()
     for path in sorted((PACKAGE / SLOTS[slot]).rglob("*.py")):
         for spec in _specs_in(path):
             if spec.slot == slot:
-                found[spec.name] = spec
+                found[spec.name] = _with_library(found.get(spec.name), spec)
     _load_installed()
     for (its_slot, name), cls in _classes.items():
         if its_slot == slot and name not in found:
             path = Path(importlib.import_module(cls.__module__).__file__ or "")
             found |= {spec.name: spec for spec in _specs_in(path) if spec.slot == slot}
     return dict(sorted(found.items()))
+
+
+def _with_library(read: Spec | None, ours: Spec) -> Spec:
+    """A component of ours that runs a library's type: it has the knobs of the library, and those that it states itself."""
+    if read is None:
+        return ours
+    knobs = Later(lambda: {**read.knobs, **ours.knobs})
+    return replace(ours, knobs=knobs, needs=read.needs | ours.needs, lacks=read.lacks | ours.lacks, library=True)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftrun import registry
+from ftrun.adapters import peft_limits
 from ftrun.config import recipes
 from ftrun.config.cluster import cluster_knobs
 from ftrun.config.compose import load
@@ -34,6 +35,7 @@ def pages() -> dict[Path, str]:
     """Every page of docs/ by its path below it."""
     found = [recipes.read(file) for file in recipes.catalogue().values()]
     made = {Path("index.md"): index(found), Path("components.md"): components(), Path("settings.md"): settings()}
+    made[Path("adapters.md")] = adapters()
     return made | {Path("recipes") / f"{recipe.name}.md": recipe_page(recipe) for recipe in found}
 
 
@@ -107,6 +109,47 @@ def components() -> str:
         for spec in registry.specs(slot).values():
             text += _component(spec)
     return text
+
+
+SETTINGS = {
+    "4 bits": "quant=nf4",
+    "8 bits": "quant=int8",
+    "merge": "train.merge=true",
+    "packing": "train.packing=true",
+    "checkpointing": "train.gradient_checkpointing=true",
+    "fsdp": "launch.strategy=fsdp",
+}
+
+
+def adapters() -> str:
+    """What every adapter can be combined with, from the tables that the tests verify."""
+    rows, reasons = [], []
+    for spec in registry.specs("adapter").values():
+        unable = {title: _why_not(spec, setting) for title, setting in SETTINGS.items()}
+        rows.append(
+            [f"[{spec.name}](components.md#adapter{spec.name})", *("" if why else "yes" for why in unable.values())]
+        )
+        reasons += [
+            f"- `adapter={spec.name}` with `{SETTINGS[title]}`: it {why}." for title, why in unable.items() if why
+        ]
+    left = [f"- `{name}` {why}." for name, why in sorted(peft_limits.LEFT_OUT.items())]
+    return (
+        f"{MADE}# What adapters can be combined with\n\nAn empty field is refused before anything is loaded, with its reason.\n\n"
+        + _table(["adapter", *SETTINGS], rows)
+        + "\n## Why not\n\n"
+        + "\n".join(reasons)
+        + "\n\n## Types of peft that are left out\n\n"
+        + "\n".join(left)
+        + "\n"
+    )
+
+
+def _why_not(spec: Spec, setting: str) -> str:
+    if setting.startswith("quant=") and "trainable_base" in spec.needs:
+        return spec.needs["trainable_base"] + ", which quantised weights freeze"
+    if setting == "launch.strategy=fsdp":
+        return spec.needs.get("whole_weights", "")
+    return peft_limits.CANNOT[setting].get(spec.name, "")
 
 
 def _component(spec: Spec) -> str:

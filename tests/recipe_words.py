@@ -9,6 +9,18 @@ from composed import as_shipped
 from ftrun.config import recipes
 
 ARGUMENTS = {
+    # what fits layers of width 32
+    "adapter=adamss": ["adapter.r=20"],
+    "adapter=c3a": ["adapter.block_size=8"],
+    "adapter=fourierft": ["adapter.n_frequency=50"],
+    "adapter=miss": ["adapter.r=8"],
+    "adapter=psoft": ["adapter.r=8"],
+    "recipe=pissa_sft": ["adapter.r=16"],
+    "adapter=road": ["adapter.group_size=8"],
+    "adapter=shira": ["adapter.r=2"],
+    "adapter=trainable_tokens": ["adapter.token_indices=[5,6]"],
+    "adapter=vblora": ["adapter.vector_length=16"],
+    "adapter=waveft": ["adapter.n_frequency=50"],
     "tokens=rho1": ["tokens.reference={tiny}"],
     "tokens=cot_with_topic": [
         "data.max_length=256",
@@ -70,7 +82,7 @@ def overrides_for(name, rows_for, tiny_dir, tiny_encoder_dir, out) -> list[str]:
 
 
 def extra(name, tiny_dir) -> list[str]:
-    recipe = recipes.find(name)
+    recipe, slots = recipes.find(name), ("objective", "tokens", "select", "picker", "adapter")
     return [
         word.format(
             tiny=tiny_dir,
@@ -80,7 +92,7 @@ def extra(name, tiny_dir) -> list[str]:
             answering=answering_model(tiny_dir) if "{answering}" in word else "",
         )
         for choice, words in ARGUMENTS.items()
-        if choice in [f"{slot}={recipe.choice(slot)}" for slot in ("objective", "tokens", "select", "picker")]
+        if choice in [f"recipe={name}", *(f"{slot}={recipe.choice(slot)}" for slot in slots)]
         for word in words
     ]
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftrun.adapters.base import Adapter
+from ftrun.adapters.fitting import check_bias, check_layers, check_names, check_rank, check_tokens
+from ftrun.adapters.peft_limits import RANKS
 from ftrun.errors import ComponentError, ConfigError
 from ftrun.models.source import safe_adapter
 
@@ -32,6 +34,12 @@ SETTLED = (
     "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
     "Model with `tie_word_embeddings=True` and the tied_target_modules",
     "Input and output embeddings are no longer tied after merging",
+    "Unsupported layer type",  # a norm of a class that peft does not know by name
+    "Failed to load the CUDA extension",
+    "Detected that the base layer has no bias term",
+    "The following rank_pattern keys did not match",  # AdaLoRA's own; those of a user were looked up before
+    "Adapter 'default': \\d+ LoRA tensor\\(s\\) have invalid shape",  # of rank 0
+    "Sparse invariant checks are implicitly disabled",
 )
 
 
@@ -51,13 +59,26 @@ class PeftAdapter(Adapter):
     def attach(self, model: nn.Module, ctx: Context) -> nn.Module:
         from peft import get_peft_model
 
+        assert ctx.bundle is not None
+        check_names(self, model, KINDS)
+        check_layers(self, ctx.bundle.architecture)
+        check_tokens(self, ctx.bundle.architecture)
         with user_errors(self), seeded(ctx.seed), settled_warnings():
             config = self.peft_config(ctx)
             self.before_wrap(model, config, ctx)
             wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+            self.check_layers_of(wrapped)
             self.after_wrap(wrapped, ctx)
         name_base(wrapped.peft_config["default"], model)
         return wrapped
+
+    def check_layers_of(self, model: nn.Module) -> None:
+        """Raise ConfigError for knobs that what was adapted gives no meaning to: a rank above its width, biases it lacks."""
+        adapted = adapted_layers(model)
+        knob = RANKS.get(self.name)  # type: ignore[attr-defined]
+        if knob is not None:
+            check_rank(self.name, knob, getattr(self, knob), adapted)  # type: ignore[attr-defined]
+        check_bias(self, model, adapted)
 
     def before_wrap(self, model: nn.Module, config: PeftConfig, ctx: Context) -> None:
         """Look at the base model before peft changes it."""
@@ -90,6 +111,10 @@ class PeftAdapter(Adapter):
         have = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         if odd := sorted(saved.keys() ^ have.keys()):
             raise ConfigError("the adapter does not belong to this model", f"{source}: {', '.join(odd[:3])}")
+        if any(not value.to(have[name]).equal(have[name]) for name, value in saved.items()):
+            raise ConfigError(
+                f"{source} holds the trained prompts, not the network that made them", f"run={folder}", "Train it anew."
+            )
         name_base(wrapped.peft_config["default"], model)
         self._begun = {name: p.detach().clone() for name, p in wrapped.named_parameters() if p.requires_grad}
         return wrapped
@@ -100,7 +125,7 @@ class PeftAdapter(Adapter):
 
     def save(self, model: Any, folder: Path) -> Path:
         # False: with "auto" peft asks the hub for the base's vocabulary
-        with _named_after(model.get_base_model(), model.peft_config["default"]):
+        with _named_after(model.get_base_model(), model.peft_config["default"]), settled_warnings():
             model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         _name_base_in_card(folder / "adapter" / "README.md", model.peft_config["default"])
         return folder / "adapter"
@@ -203,6 +228,13 @@ def _name_base_in_card(card: Path, config: PeftConfig) -> None:
     card.write_text(card.read_text().replace(blank, said))
 
 
+def adapted_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of the base that peft has put something on."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
 def task_type(ctx: Context) -> str:
     return {"causal": "CAUSAL_LM", "classify": "SEQ_CLS"}[ctx.settings.task]
 
@@ -238,6 +270,12 @@ def user_errors(adapter: Adapter) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         name = adapter.name  # type: ignore[attr-defined]
-        raise ConfigError(
-            str(error).split("\n")[0], f"adapter={name}", f"Run: ftrun show --slot adapter {name}"
-        ) from error
+        what = " ".join(str(error).split())
+        raise ConfigError(what, _knobs_in(what, adapter), f"Run: ftrun show --slot adapter {name}") from error
+
+
+def _knobs_in(what: str, adapter: Any) -> str:
+    """The adapter, and those of its knobs that an error of peft speaks of."""
+    said = what.lower().replace(" ", "_")
+    named = [knob for knob in vars(adapter) if not knob.startswith("_") and len(knob) > 1 and knob.lower() in said]
+    return " ".join([f"adapter={adapter.name}", *(f"adapter.{knob}={getattr(adapter, knob)}" for knob in named)])

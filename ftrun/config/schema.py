@@ -7,6 +7,7 @@ import math
 import os
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from ftrun.errors import ConfigError, nearest
@@ -16,7 +17,7 @@ LARGEST = 2**63  # what arrays and generators count with
 SENTENCES = ("prompt", "system")  # knobs whose text is never the name of a file
 
 
-def check_section(values: Any, knobs: dict[str, Knob], prefix: str, owner: str = "") -> dict[str, Any]:
+def check_section(values: Any, knobs: Mapping[str, Knob], prefix: str, owner: str = "") -> dict[str, Any]:
     """All knobs of a section with their checked values; a key without a knob is refused.
 
     ``owner`` names the component that the knobs belong to, as in ``adapter=lora``.

@@ -8,17 +8,17 @@ inside a sweep too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from ftrun import registry
 from ftrun.config import recipes
 from ftrun.config.recipes import DEFAULT_CHOICES, GROUPS, Recipe
 from ftrun.config.settings import SECTIONS, root_knobs, section_knobs, shared_select_knobs, shared_tokens_knobs
-from ftrun.registry import Knob, nested
+from ftrun.registry import Knob, Spec, nested
 
 ROOT = "ftrun"
 SINGLE_SLOTS = tuple(slot for slot in registry.SLOTS if slot != "eval")
@@ -57,8 +57,8 @@ def _store_components(known: tuple[int, ...]) -> None:
     for slot in registry.SLOTS:
         for spec in registry.specs(slot).values():
             package = f"eval.{spec.name}" if slot == "eval" else _package(slot)
-            node = _node(spec.knobs, {CHOSEN: True} if slot == "eval" else {})
-            store.store(group=slot, name=spec.name, node=node, package=package)
+            file = f"{spec.name}.yaml"
+            store.repo.setdefault(slot, {})[file] = Later(file, slot, package, spec)
     for group in GROUPS:
         for file in group_files(group).values():
             store.store(group=group, name=file.stem, node=OmegaConf.load(file), package=group)
@@ -69,6 +69,24 @@ def _store_recipe_names(names: tuple[str, ...]) -> None:
     """Every recipe as an empty choice; those of a command line are filled each time."""
     for name in names:
         ConfigStore.instance().store(group="recipe", name=name, node=OmegaConf.create({}), package="_global_")
+
+
+class Later(ConfigNode):
+    """A component in the store whose node is made when somebody composes with it: few of them ever are."""
+
+    def __init__(self, name: str, group: str, package: str, spec: Spec):
+        self.name, self.group, self.package, self.provider = name, group, package, None
+        self._spec, self._made = spec, None
+
+    @property
+    def node(self) -> DictConfig:  # type: ignore[override]
+        if self._made is None:
+            self._made = _node(self._spec.knobs, {CHOSEN: True} if self._spec.slot == "eval" else {})
+        return self._made
+
+    @node.setter
+    def node(self, made: DictConfig) -> None:
+        self._made = made
 
 
 def group_files(group: str) -> dict[str, Any]:
@@ -100,7 +118,7 @@ def _package(slot: str) -> str:
     return "select.picker" if slot == "picker" else slot
 
 
-def _node(knobs: dict[str, Knob], others: dict[str, Any]) -> DictConfig:
+def _node(knobs: Mapping[str, Knob], others: dict[str, Any]) -> DictConfig:
     """Defaults as Hydra merges them: a knob that is a table takes any entry, everything else only what there is."""
     node = OmegaConf.create(nested({name: knob.default for name, knob in knobs.items()}) | others)
     for name, knob in knobs.items():

@@ -12,7 +12,7 @@ from ftrun.config.place import place
 from ftrun.config.recipes import FIDELITIES
 from ftrun.config.settings import LaunchConfig, Settings
 from ftrun.errors import ConfigError, nearest
-from ftrun.registry import JOINT
+from ftrun.registry import JOINT, find
 
 _POSITIVE = {
     "train": (
@@ -71,7 +71,12 @@ _BY_NAME = {
 _BY_SLOT = {
     "optim": {r"momentum": BELOW_ONE},
     "schedule": {r"warmup|decay": NOT_NEGATIVE, r"minimum": SHARE},
-    "adapter": {r"layers|r|loftq_iterations": COUNT},
+    "adapter": {
+        r"layers|r|loftq_iterations|n_frequency|topk|u|gralora_k|(.*_)?group_size|(.*_)?block_size": COUNT,
+        r"num_(vectors|subspaces|virtual_tokens)|(vector|theta_d)_length|adapter_(len|layers)": COUNT,
+        r"sparsity": BELOW_ONE,
+        r"sparse_rate|weight_tying": SHARE,
+    },
     "eval": {r"rows|k|limit": COUNT},
 }
 
@@ -81,9 +86,16 @@ def _check_knobs(settings: Settings) -> None:
     for slot, (name, knobs) in settings.slots.items():
         prefix = "select.picker" if slot == "picker" else slot
         for part in name.split(JOINT) if JOINT in name else [None]:
-            _check_numbers(slot, knobs[part] if part else knobs, f"{prefix}.{part}" if part else prefix)
+            asked = _asked(slot, part or name, knobs[part] if part else knobs)
+            _check_numbers(slot, asked, f"{prefix}.{part}" if part else prefix)
     for name, knobs in settings.eval:
         _check_numbers("eval", knobs, f"eval.{name}")
+
+
+def _asked(slot: str, name: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what a component has by itself: its 0 may say that another knob decides."""
+    known = find(slot, name).knobs
+    return {knob: value for knob, value in knobs.items() if knob not in known or value != known[knob].default}
 
 
 def _check_numbers(slot: str, knobs: Mapping[str, Any], prefix: str) -> None:

@@ -177,6 +177,10 @@ def our_choice(slot: str, name: str) -> str | None:
 def wrong_choice(slot: str, name: str) -> ConfigError:
     """For a name that ``slot`` does not have: the nearest one, or the words for what was meant."""
     what = f'{slot} has no choice "{name}"'
+    if reason := registry.left_out(slot, name):
+        return ConfigError(
+            f"{slot}={name} is not offered: it {reason}", f"{slot}={name}", f"Run: ftrun recipes --slot {slot}"
+        )
     known = registry.specs(slot)
     ours = our_choice(slot, name)
     recipe = f"{name}_sft"

@@ -21,6 +21,7 @@ from ftrun.stages.evaluate import evaluate, heldout_loss
 from ftrun.stages.recorded import RecordedRun, carry_out, logical_parameters
 from ftrun.stages.rows import Rows
 from ftrun.stages.select import select
+from ftrun.stages.shape import check_fit
 from ftrun.stages.trained import labels_of
 from ftrun.tokens.base import TokenPolicy
 from ftrun.training.context import Context
@@ -51,6 +52,8 @@ class Chain(RecordedRun):
     def stages(self) -> None:
         stages = self.settings.stages
         train_pool = self.rows.training()
+        if "train" in stages and not self.settings.run:
+            check_fit(self.settings, self.ctx)
         untouched = self.settings.choice("tokens") == "none"
         if "select" in stages and self.settings.selects:
             train_pool = self.select(train_pool)

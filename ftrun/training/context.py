@@ -60,6 +60,15 @@ class Context:
             step += 1
         return [batch.to(self.bundle.device) for batch in found[:batches]]
 
+    def planned_steps(self) -> int | None:
+        """Optimiser steps of the whole run; None where its rows are not known yet."""
+        from ftrun.data.batches import Plan
+
+        if self.train_tokens is None:
+            return self.settings.train.max_steps
+        train, rows = self.settings.train, len(self.train_tokens)
+        return Plan.of(rows, train.batch_size, train.epochs, train.max_steps, self.seed, begin=self.begin).steps
+
     @property
     def selection(self) -> Path:
         """Where the selection stage writes."""

@@ -16,12 +16,12 @@ from ftrun.config.settings import Settings
 from ftrun.config.values import parse_budget
 from ftrun.data.batches import Plan, token_budget
 from ftrun.models.architecture import Architecture, describe
-from ftrun.models.bundle import Bundle
-from ftrun.models.load import load_tokenizer, meta_model, resolve_dtype
+from ftrun.models.load import meta_model, resolve_dtype
 from ftrun.runs.artifacts import write_json
 from ftrun.runs.memory import available_bytes
 from ftrun.select.base import PlannedTraining
 from ftrun.select.order import picker_of
+from ftrun.stages import shape
 from ftrun.stages.chain import Chain
 from ftrun.stages.recorded import logical_parameters
 from ftrun.stages.trained import plain_context
@@ -60,7 +60,8 @@ def _estimated(composed: Composed, scratch: Path) -> dict[str, Any]:
     model = meta_model(settings.model, settings.task)
     total, embedding = logical_parameters(model), _embedding(model)
     architecture = describe(model)
-    trained = _trained(settings, model, architecture, ctx)
+    ctx.train_tokens = table
+    trained = shape.trained(settings, model, ctx)
     pieces = len(table) / len(prepared.kept)
     stages = _stages(settings, lengths, pieces, total, trained, embedding, architecture, ctx.team.device)
     stages = [stage for stage in stages if stage.name.split()[0] in settings.stages]
@@ -84,37 +85,6 @@ def _estimated(composed: Composed, scratch: Path) -> dict[str, Any]:
             for stage in stages
         },
     }
-
-
-def _trained(settings: Settings, model: torch.nn.Module, architecture: Architecture, ctx: Any) -> Trained:
-    """What trains, by attaching the adapter to the model without weights."""
-    slot, knobs = settings.slots["adapter"]
-    if "init_lora_weights" in knobs:
-        knobs = knobs | {"init_lora_weights": True}  # the others look at weights; the shapes are the same
-    from ftrun.registry import build
-
-    adapter = build("adapter", slot, knobs)
-    tokenizer = load_tokenizer(settings.model)
-    ctx.bundle = Bundle(
-        model,
-        tokenizer,
-        architecture,
-        torch.device("meta"),
-        torch.float32,
-        settings.model.path,
-        "",
-        architecture.context_length,
-    )
-    own = {id(parameter) for parameter in model.parameters()}
-    attached = adapter.attach(model, ctx)
-    candidates = [p for p in attached.parameters() if p.requires_grad]
-    adapter.bind(torch.optim.SGD(candidates, lr=0.0))
-    adapter.before_step(0)
-    return Trained(
-        active=sum(p.numel() for p in attached.parameters() if p.requires_grad),
-        ever=sum(p.numel() for p in candidates),
-        base=sum(p.numel() for p in candidates if id(p) in own),
-    )
 
 
 def _stages(

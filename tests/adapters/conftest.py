@@ -60,7 +60,14 @@ def context(table):
         def calibration(batches):
             return [collate(table, [[(4 * i + j) % 12] for j in range(4)], pad_id=3) for i in range(batches)]
 
-        return SimpleNamespace(settings=SimpleNamespace(task=task), seed=seed, bundle=bundle, calibration=calibration)
+        return SimpleNamespace(
+            settings=SimpleNamespace(task=task),
+            seed=seed,
+            bundle=bundle,
+            calibration=calibration,
+            planned_steps=lambda: 6,
+            team=SimpleNamespace(world_size=1),
+        )
 
     return make
 
@@ -72,7 +79,8 @@ def logits(batch):
     @torch.no_grad()
     def of(model):
         model.eval()
-        return model(input_ids=batch.input_ids, use_cache=False).logits[batch.sequence >= 0]
+        predicted = model(input_ids=batch.input_ids, use_cache=False).logits[:, -batch.input_ids.shape[1] :]
+        return predicted[batch.sequence >= 0]  # virtual tokens come first
 
     return of
 
@@ -82,7 +90,8 @@ def loss(batch):
     """Mean loss of the trained tokens."""
 
     def of(model):
-        predicted = model(input_ids=batch.input_ids, use_cache=False).logits[batch.predicting]
+        predicted = model(input_ids=batch.input_ids, use_cache=False).logits[:, -batch.input_ids.shape[1] :]
+        predicted = predicted[batch.predicting]
         return torch.nn.functional.cross_entropy(predicted, batch.target_ids)
 
     return of
@@ -98,6 +107,7 @@ def train(loss):
             adapter.bind(optimizer)
         losses = []
         for step in range(first, first + count):
+            torch.manual_seed(step)
             adapter.before_step(step)
             value = loss(model)
             value.backward()

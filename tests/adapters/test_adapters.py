@@ -232,8 +232,8 @@ def test_unknown_target_is_a_config_error(fresh, context):
 
 def test_eva_says_when_micro_batches_are_too_small(fresh, context):
     model = fresh()
-    adapter = registry.build("adapter", "lora", {"r": 300, "init_lora_weights": "eva"})
-    with pytest.raises(ConfigError, match="600 trained tokens"):
+    adapter = registry.build("adapter", "lora", {"r": 64, "init_lora_weights": "eva"})
+    with pytest.raises(ConfigError, match="128 trained tokens"):
         adapter.attach(model, context(model))
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from ftrun import registry
+from ftrun.adapters import peft_types
 from ftrun.config.cluster import cluster_knobs
 from ftrun.config.settings import SECTIONS, SETTINGS_FILE
 
@@ -46,7 +47,22 @@ def test_cluster_key_is_read(key):
 def test_component_knob_is_read(slot, name):
     """Every knob of a component is read as an attribute in its own file or in a base class of it."""
     spec = registry.find(slot, name)
-    assert spec.source
-    texts = [path.read_text() for path in {owner for owner, _ in registry._lineage(spec.source, spec.cls)}]
+    if spec.library:
+        pattern, texts = r"[\"'.]{}\b", texts_of_library(spec)
+    else:
+        assert spec.source
+        pattern = r"\b(self|config|knobs)\.{}\b"
+        texts = [path.read_text() for path in {owner for owner, _ in registry._lineage(spec.source, spec.cls)}]
     for knob in spec.knobs:
-        assert any(re.search(rf"\b(self|config|knobs)\.{knob}\b", text) for text in texts), f"{slot}={name}: {knob}"
+        assert any(re.search(pattern.format(knob), text) for text in texts), f"{slot}={name}: {knob}"
+
+
+def texts_of_library(spec):
+    """Where a type of peft reads its knobs: outside the class that declares them, or in our class of it."""
+    home = peft_types.folder()
+    folders = {file.parent for file, _ in peft_types._sources()[spec.name].lineage if file.name == "config.py"}
+    files = [file for folder in folders for file in folder.rglob("*.py") if file.name != "config.py"]
+    files += [
+        home / name for name in ("peft_model.py", "tuners/tuners_utils.py", "tuners/lycoris_utils.py", "utils/other.py")
+    ]
+    return [file.read_text() for file in [*files, *([spec.source] if spec.source else [])]]
