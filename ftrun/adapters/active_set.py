@@ -49,7 +49,10 @@ class ActiveSet(Adapter):
         self._tokenizer = ctx.bundle.tokenizer if ctx.bundle else None
         self._seed = ctx.seed
         model.requires_grad_(True)
+        self._model = model
         self._blocks = self.blocks(model, ctx)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._names = [[names[id(parameter)] for parameter in block] for block in self._blocks]
         self._optimizer: Optimizer | None = None
         self._switch = -1
         self.active: list[int] = list(range(len(self._blocks)))
@@ -57,6 +60,8 @@ class ActiveSet(Adapter):
 
     def bind(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        now = dict(self._model.named_parameters())  # slices may have taken the place of whole parameters
+        self._blocks = [[now[name] for name in names] for names in self._names]
 
     def before_step(self, step: int) -> None:
         switch = step // self.interval

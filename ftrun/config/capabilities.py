@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ftrun import registry
+from ftrun.config.settings import LaunchConfig
 from ftrun.errors import ConfigError
 from ftrun.registry import Spec
 
@@ -45,10 +46,19 @@ def check_mix(chosen: list[Spec]) -> None:
                     )
 
 
-def check_strategy(chosen: list[Spec], strategy: str) -> None:
-    """Refuse a component that cannot work where each process holds a slice of every weight."""
+def check_strategy(chosen: list[Spec], launch: LaunchConfig) -> None:
+    """Refuse what cannot be shared between processes in the way that ``launch`` names."""
+    if launch.context_parallel > 1:
+        raise ConfigError(
+            "processes cannot share a row yet: torch's attention over several processes has no form for CPUs, and its "
+            "form for GPUs was never proven here",
+            f"launch.context_parallel={launch.context_parallel}",
+            "For long rows use launch.strategy=fsdp, train.gradient_checkpointing=true, or a shorter data.max_length.",
+        )
+    if launch.strategy != "fsdp":
+        return
     for spec in chosen:
-        if strategy == "fsdp" and "whole_weights" in spec.needs:
+        if "whole_weights" in spec.needs:
             raise ConfigError(
                 f"{spec.slot}={spec.name} {spec.needs['whole_weights']}; launch.strategy=fsdp gives each process a slice of every weight",
                 f"{spec.slot}={spec.name} launch.strategy=fsdp",

@@ -285,7 +285,7 @@ def _settings(raw: dict[str, Any], choices: dict[str, Any], recipe: Recipe | Non
     at_work = capabilities.slots_at_work(verb, settings.stages)
     working = [spec for spec in specs if spec.slot in at_work]
     capabilities.check_mix(working)
-    capabilities.check_strategy(working, settings.launch.strategy)
+    capabilities.check_strategy(working, settings.launch)
     check_values(settings, trains="optim" in at_work)
     return settings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ class Adafactor(OptimizerConfig):
     ``g / sqrt(v)`` is scaled down where its root mean square exceeds ``clip_threshold``. The learning rate is the
     schedule's, not the paper's relative step size.
     """
+
+    needs: ClassVar[dict[str, str]] = {"whole_weights": "factors the second moment of a whole matrix"}
 
     scale_parameter: bool = False  # scale the learning rate with the size of each parameter, as the paper does
     clip_threshold: float = 1.0  # largest root mean square of an update, before the learning rate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from bitsandbytes.optim.adamw import AdamW8bit as BitsandbytesAdamW8bit
@@ -19,6 +20,8 @@ class AdamW8bit(OptimizerConfig):
 
     Blocks of 256 values share one scale. Parameters of fewer than ``min_8bit_size`` elements keep 32 bits.
     """
+
+    needs: ClassVar[dict[str, str]] = {"whole_weights": "packs the state of a whole weight in blocks"}
 
     beta1: float = 0.9  # memory of the mean gradient
     beta2: float = 0.999  # memory of the mean squared gradient

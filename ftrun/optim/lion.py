@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from bitsandbytes.optim.lion import Lion32bit
@@ -20,6 +21,8 @@ class Lion(OptimizerConfig):
     ``p <- (1 - lr * weight_decay) * p - lr * sign(beta1 * m + (1 - beta1) * g)``, then
     ``m <- beta2 * m + (1 - beta2) * g``. The paper advises a learning rate 3 to 10 times smaller than AdamW's.
     """
+
+    needs: ClassVar[dict[str, str]] = {"whole_weights": "updates whole weights only"}
 
     learning_rate: float = 3e-5  # peak learning rate
     beta1: float = 0.9  # share of the momentum in the direction of a step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ class Muon(OptimizerConfig):
     updates as large as AdamW's, so its learning rates fit) or ``sqrt(max(1, rows / columns))`` (original).
     AdamW trains the rest: vectors, and matrices with a part of ``adamw_on`` in their name (embeddings, output heads).
     """
+
+    needs: ClassVar[dict[str, str]] = {"whole_weights": "orthogonalises the update of a whole matrix"}
 
     adamw_learning_rate: float | None = None  # peak learning rate of what AdamW trains; null: the same
     momentum: float = 0.95  # memory of past gradients

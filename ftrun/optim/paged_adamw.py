@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from bitsandbytes.optim.adamw import AdamW
@@ -21,6 +21,8 @@ class PagedAdamW(OptimizerConfig):
     The driver moves pages of state to the CPU when the GPU runs out, and back for the step; the update is AdamW's own.
     On a CPU there is nothing to page, and the state is ordinary memory.
     """
+
+    needs: ClassVar[dict[str, str]] = {"whole_weights": "updates whole weights only"}
 
     beta1: float = 0.9  # memory of the mean gradient
     beta2: float = 0.999  # memory of the mean squared gradient

@@ -23,6 +23,7 @@ class Int8(Quant):
     except for feature columns with a magnitude above ``threshold``, which are multiplied in the model's dtype.
     """
 
+    needs: ClassVar[dict[str, str]] = {"whole_weights": "keeps a scale for every row of a whole weight"}
     lacks: ClassVar[dict[str, str]] = {"trainable_base": "freezes them in 8 bits"}
 
     threshold: float = 6.0  # features above this magnitude are not quantised; 0 quantises all
