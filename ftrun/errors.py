@@ -87,6 +87,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ``Did you mean "lora"?`` or the list of what exists."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    longer = [other for other in known if len(name) >= 3 and other.startswith((name + "_", name + "-"))]
+    if longer:
+        return f'Did you mean "{min(longer, key=len)}"?'
     if close:
         swapped = [other for other in close if sorted(other) == sorted(name)]  # two letters that changed places
         return f'Did you mean "{(swapped or close)[0]}"?'

