@@ -149,9 +149,9 @@ def _step(job: Job, cluster: ClusterConfig) -> list[str]:
         f'srun{given}{several} "${{command[@]}}" &',
         "step=$!",
         '[[ -z $leaving ]] || kill -USR1 "$step"',
-        'while kill -0 "$step" 2>/dev/null; do wait "$step"; done',
-        'wait "$step"',
-        "status=$?",
+        'while :; do wait "$step"; status=$?; kill -0 "$step" 2>/dev/null || break; done',
+        "# the code itself, where a signal has cut the last wait short; bash may have forgotten it by then",
+        'wait "$step" 2>/dev/null; last=$?; ((last < 0 || last == 127)) || status=$last',
     ]
 
 

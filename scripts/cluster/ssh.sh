@@ -23,7 +23,7 @@ done
 
 status=0
 for agent in "${agents[@]}"; do
-    while kill -0 "$agent" 2>/dev/null; do wait "$agent"; done
-    wait "$agent" || status=$?
+    while :; do wait "$agent"; code=$?; kill -0 "$agent" 2>/dev/null || break; done
+    ((code == 0)) || status=$code
 done
 exit "$status"

@@ -68,14 +68,16 @@ def run_script(tmp_path: Path, text: str, act=None, **variables: str) -> tuple[i
     (stands / "srun").write_text(
         '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"$@" & task=$!\n'
         "trap 'kill -USR1 $task' USR1; trap 'kill $task' TERM\n"
-        "while kill -0 $task 2>/dev/null; do wait $task; done; wait $task\n"
+        "while :; do wait $task; code=$?; kill -0 $task 2>/dev/null || break; done\n"
+        "wait $task 2>/dev/null; last=$?; ((last < 0 || last == 127)) || code=$last; exit $code\n"
     )
     (stands / "scontrol").write_text(
         f'#!/bin/bash\necho "$@" >>{tmp_path}/told\n'
         'case $2 in hostnames) echo n1; echo n2 ;; node) echo "NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=n1" ;; esac\n'
     )
     (stands / "task").write_text(
-        f"#!/bin/bash\ntrap 'exit 143' USR1\ntrap 'exit 143' TERM\necho \"$@\" >{tmp_path}/words\n"
+        "#!/bin/bash\ntrap 'exit 143' TERM USR1\n"
+        f'echo "$@" >{tmp_path}/words\n'
         "for _ in {1..200}; do sleep 0.05; [[ -z $ENDS ]] || exit $ENDS; done\n"
     )
     for file in stands.iterdir():
