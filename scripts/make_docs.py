@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def settings() -> str:
     return text + _knobs(cluster_knobs(), "cluster.")
 
 
-def _knobs(knobs: dict[str, Knob], prefix: str) -> str:
+def _knobs(knobs: Mapping[str, Knob], prefix: str) -> str:
     rows = [
         [
             f"`{prefix}{name}`",

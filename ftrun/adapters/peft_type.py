@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftrun.adapters import peft_limits as limits
 from ftrun.adapters.peft_adapter import PeftAdapter, adapted_layers, put_back, resolve_targets, task_type
@@ -58,6 +58,8 @@ def plain(value: Any) -> str:
 @dataclass
 class PeftType(PeftAdapter):
     """Base of the types of peft; the class of one is made from it and from its knobs (registry.py)."""
+
+    name: ClassVar[str]  # what the registry calls it
 
     def check(self, settings: Settings) -> None:
         asked = {
@@ -131,7 +133,8 @@ class PeftType(PeftAdapter):
             return resolve_targets(["attention", "mlp"], ctx)
         if asked == "norms":
             architecture = ctx.bundle.architecture
-            return sorted({*architecture.norms, *([architecture.final_norm] if architecture.final_norm else [])})
+            norms: set[str] = {*architecture.norms, *filter(None, [architecture.final_norm])}
+            return sorted(norms)
         return resolve_targets(asked, ctx)
 
     def attach(self, model: nn.Module, ctx: Context) -> nn.Module:

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def _check_shapes(recipe: Recipe) -> None:
             _check_shape(block, registry.find(slot, names[0]).knobs, f"{slot}.", recipe.file)
 
 
-def _check_shape(values: dict[str, Any], knobs: dict[str, registry.Knob], prefix: str, file: Path) -> None:
+def _check_shape(values: dict[str, Any], knobs: Mapping[str, registry.Knob], prefix: str, file: Path) -> None:
     for key, value in values.items():
         knob = knobs.get(key)
         tables = isinstance(value, dict), isinstance(knob.default if knob else value, dict)
@@ -244,7 +245,7 @@ def _refuse_values(node: Any, file: Path) -> None:
 def _refuse_reading(text: str, file: Path) -> None:
     """Refuse a ``${...}`` that is not the name of a key: ``${oc.env:...}`` would carry a secret into the run's record."""
     from omegaconf.errors import OmegaConfBaseException
-    from omegaconf.grammar_parser import OmegaConfGrammarParser, parse
+    from omegaconf.grammar_parser import OmegaConfGrammarParser, parse  # type: ignore[attr-defined]
 
     todo = "It takes the name of a key, as in ${seed}; text is written \\${...}."
     try:

@@ -38,9 +38,9 @@ def check_section(values: Any, knobs: Mapping[str, Knob], prefix: str, owner: st
     return {name: given[name] if name in given else copy.deepcopy(knob.default) for name, knob in knobs.items()}
 
 
-def _flat(values: dict[str, Any], knobs: dict[str, Knob], prefix: str) -> dict[str, Any]:
+def _flat(values: dict[str, Any], knobs: Mapping[str, Knob], prefix: str) -> dict[str, Any]:
     """Sections inside a section by their dotted names, as their knobs have them."""
-    first = {name.partition(".")[0]: name for name in reversed(knobs) if "." in name}
+    first = {name.partition(".")[0]: name for name in reversed(list(knobs)) if "." in name}
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if key in first and not isinstance(value, dict):

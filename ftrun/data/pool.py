@@ -100,7 +100,7 @@ class Pool:
     @cached_property
     def chosen(self) -> str:
         """Hash of the ids, in their order: which rows of the whole pool these are."""
-        return hashlib.sha256(np.ascontiguousarray(self.ids)).hexdigest()[:16]
+        return hashlib.sha256(np.ascontiguousarray(self.ids).data).hexdigest()[:16]
 
     def subset(self, ids: np.ndarray | list[int]) -> Pool:
         """These rows in this order, under their ids. KeyError if one is not in the pool."""

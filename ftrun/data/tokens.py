@@ -156,7 +156,7 @@ class TokenTable:
 def _add(digest: hashlib._Hash, array: np.ndarray) -> None:
     """The bytes of an array, which may not fit into memory as a whole."""
     for start in range(0, len(array), HASHED):
-        digest.update(np.ascontiguousarray(array[start : start + HASHED]))
+        digest.update(np.ascontiguousarray(array[start : start + HASHED]).data)
 
 
 def first_places(table: TokenTable) -> np.ndarray:

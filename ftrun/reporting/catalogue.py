@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -259,7 +259,7 @@ def sections(settings: Settings, recipe: Recipe | None, overrides: Sequence[str]
     """Every knob of a resolved config, section by section, with its origin."""
     typed = {override.lstrip("+").split("=")[0] for override in overrides}
 
-    def values(prefix: str, knobs: dict[str, Knob], of: dict[str, Any], of_recipe: bool = True) -> list[Value]:
+    def values(prefix: str, knobs: Mapping[str, Knob], of: dict[str, Any], of_recipe: bool = True) -> list[Value]:
         source = recipe if of_recipe else None
         return [
             Value(f"{prefix}{name}", of[name], _origin(f"{prefix}{name}", of[name], knob, typed, source), knob)

@@ -80,16 +80,17 @@ def _attached(settings: Settings, model: nn.Module, ctx: Context, changed: dict[
 
 def _counted(settings: Settings, model: Any, ctx: Context) -> Trained:
     """From one and from two layers of random weights."""
-    assert ctx.bundle is not None
+    bundle = ctx.bundle
+    assert bundle is not None
     name, knobs = settings.slots["adapter"]
     asked = knobs.get("layers_to_transform")
-    layers = len(ctx.bundle.architecture.layers) if asked is None else 1 if isinstance(asked, int) else len(asked)
+    layers = len(bundle.architecture.layers) if asked is None else 1 if isinstance(asked, int) else len(asked)
     changed = {"layers_to_transform": None} if "layers_to_transform" in knobs else {}
     with memory_guard(f"counting what adapter={name} trains", "Use a smaller model."):
         counts = []
         for count in (1, 2):
             small = _with_layers(model, count)
-            ctx.bundle = replace(ctx.bundle, model=small, architecture=describe(small))
+            ctx.bundle = replace(bundle, model=small, architecture=describe(small))
             counts.append(_attached(settings, small, ctx, changed))
     one, two = (asdict(count) for count in counts)
     return Trained(**{part: one[part] + (layers - 1) * (two[part] - one[part]) for part in one})

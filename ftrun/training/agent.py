@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
@@ -68,7 +68,7 @@ class Agent(SimpleElasticAgent):
             logging.INFO if os.environ.get("FTRUN_DEBUG") else logging.CRITICAL
         )  # what went wrong is ours to say
         try:
-            result = self.run()
+            result: Any = self.run()
         finally:
             log.setLevel(level)
             self.meeting.shutdown()
@@ -88,8 +88,9 @@ class Agent(SimpleElasticAgent):
     # ---- what torch's agent asks for ----
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        super()._rendezvous(worker_group)
-        store, rank, nodes = worker_group.store, worker_group.group_rank, worker_group.group_world_size
+        super()._rendezvous(worker_group)  # type: ignore[call-arg]  # a decorator hides its parameters
+        store: Any = worker_group.store
+        rank, nodes = int(worker_group.group_rank or 0), int(worker_group.group_world_size or 1)
         mine = {"attempt": self.attempt, "command": digest(self.command), "out": self.out, "host": self.meeting.address}
         if rank == 0:  # a store of its own for every group: nothing is left in it from one that was lost
             self._server = TCPStore(self.meeting.address, 0, is_master=True, wait_for_workers=False)

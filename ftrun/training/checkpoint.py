@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as distributed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import _getdtype, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -85,7 +86,7 @@ def _save_slices(
         beside = Path(team.gather_object(str(made))[0])
         for name, those in tensors.items():
             if those:
-                distributed.save(
+                save_distributed(
                     those, storage_writer=HuggingFaceStorageWriter(str(beside / name), save_distributed=True)
                 )
         team.barrier()
@@ -203,7 +204,7 @@ def _fill(path: Path, name: str, into: dict[str, Tensor]) -> None:
     elif into:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            distributed.load(dict(into), storage_reader=HuggingFaceStorageReader(str(path / name)), no_dist=True)
+            load_distributed(dict(into), storage_reader=HuggingFaceStorageReader(str(path / name)), no_dist=True)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed.rendezvous import rendezvous
 
 from ftrun.config.settings import LaunchConfig
 from ftrun.errors import ComponentError, ConfigError
@@ -152,7 +153,7 @@ class Team:
 def _form_group(backend: str, minutes: float) -> None:
     """Meet the other processes. Raises ComponentError when they do not all come in time."""
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(minutes=minutes)))
     except (RuntimeError, TimeoutError, OSError) as problem:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ComponentError(

@@ -52,7 +52,10 @@ class Ddp(Strategy):
 
 
 # torch looks at the types themselves, so this file does not put annotations off
-def _sum(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum(
+    _: None,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
     """The sum, not the mean: a loss is divided by what the whole step counts."""
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
