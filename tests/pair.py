@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import os
+import signal
 import socket
 import sys
+import time
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -37,10 +40,13 @@ class Pair:
             connection.send(([*argv, "launch.processes=2", "launch.threads=1"], port, dict(os.environ)))
         answers: list[tuple[int, str]] = []
         for process, connection in self._workers:
-            if not connection.poll(PATIENCE if not answers else 20):
+            if not connection.poll(PATIENCE):
                 printed = "".join(text for _, text in answers)
+                ended = process.poll()
+                process.send_signal(signal.SIGUSR2)  # it says where it is
+                time.sleep(1)
                 self.close()
-                raise AssertionError(f"a process hangs ({process.poll()}); the other one said: {printed}")
+                raise AssertionError(f"a process hangs, or has ended with {ended}; the other one said: {printed}")
             answers.append(connection.recv())
         codes = {code for code, _ in answers}
         if codes != {0}:
@@ -68,6 +74,7 @@ class Pair:
 
 def serve(address: str) -> None:
     """In a worker: carry out command lines until the test process is gone."""
+    faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)
     with Client(address, "AF_UNIX") as connection:
         while True:
             try:
