@@ -143,7 +143,13 @@ VIRTUAL = "puts its tokens in front of a row, and a packed row holds several doc
 UNMERGED = "is no change of the weights"
 CACHED = "feeds its prefix through the key-value cache, which gradient checkpointing cannot recompute"
 UNSLICED = "has not been tried on slices of weights"
-# why a type needs whole weights; the others were not tried with slices
+# trained in two processes with a slice of every weight in each, they are what they are in one; so tests say
+SLICED = (
+    *("adaption_prompt", "beft", "boft", "c3a", "cartridge", "deft", "delora", "fourierft", "glora", "gralora", "hira"),
+    *("hra", "ln_tuning", "loha", "lokr", "miss", "oft", "p_tuning", "peanut", "prompt_tuning", "psoft", "road"),
+    *("trainable_tokens", "waveft"),
+)
+# why a type needs whole weights; one that is in neither list was not tried
 WHOLE = {
     **dict.fromkeys(("pvera", "randlora", "tinylora", "unilora", "vblora", "vera"), "shares parameters between layers"),
     "adalora": "ranks the parts of all layers against each other after every step",

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ftrun.adapters.peft_limits import HAND_WRITTEN, KNOBS, LEFT_OUT, NO_KNOBS, UNSLICED, WHOLE
+from ftrun.adapters.peft_limits import HAND_WRITTEN, KNOBS, LEFT_OUT, NO_KNOBS, SLICED, UNSLICED, WHOLE
 from ftrun.registry import Knob, Later, Spec
 
 MODULE, CLASS = "ftrun.adapters.peft_type", "PeftType"  # what runs a type that has no file of its own
@@ -129,7 +129,7 @@ def _file_of(node: ast.ImportFrom, file: Path, name: str) -> Path | None:
 
 
 def _spec(source: Source) -> Spec:
-    needs = {"whole_weights": WHOLE.get(source.name, UNSLICED)}
+    needs = {} if source.name in SLICED else {"whole_weights": WHOLE.get(source.name, UNSLICED)}
     knobs = Later(lambda: _knobs(source))
     return Spec("adapter", source.name, MODULE, CLASS, _doc(source), knobs, needs=needs, library=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from composed import as_shipped
-from recipe_words import overrides_for, trains
+from recipe_words import ARGUMENTS, overrides_for, trains
 from safetensors.numpy import load_file
 
 from ftrun import cli, registry
@@ -121,6 +121,26 @@ def test_adapters(adapter, quant, pair, rows_file, tiny_dir, tmp_path, capsys):
     shutil.rmtree(tmp_path / "one/train/checkpoints/step-000006")
     pair.run("train", f"resume={tmp_path / 'one'}", "launch.strategy=fsdp")
     same_weights(tmp_path / "fsdp", tmp_path / "one")
+
+
+TYPES = [spec.name for spec in registry.specs("adapter").values() if spec.library and "whole_weights" not in spec.needs]
+
+
+@pytest.mark.parametrize("adapter", TYPES)
+def test_types_of_peft_in_slices(adapter, pair, rows_file, tiny_dir, tmp_path, capsys):
+    words = [
+        f"recipe={adapter}",
+        f"model.path={tiny_dir}",
+        f"data.path={rows_file}",
+        *ARGUMENTS.get(f"adapter={adapter}", []),
+    ]
+    words += ["stages=[train]", "data.heldout=0", "train.batch_size=4", "train.max_steps=3", "optim=adamw"]
+    words += [f"adapter.{knob}=0" for knob in registry.find("adapter", adapter).knobs if knob.endswith("dropout")]
+    assert cli.entry(["train", *words, f"out={tmp_path / 'one'}"]) == 0, capsys.readouterr().err
+    pair.run("train", *words, f"out={tmp_path / 'two'}", "launch.strategy=fsdp")
+    for what, values in steps(tmp_path / "one").items():
+        np.testing.assert_allclose(steps(tmp_path / "two")[what], values, rtol=2e-5, atol=1e-6, err_msg=what)
+    same_weights(tmp_path / "two", tmp_path / "one")
 
 
 def evaluated(out: Path) -> list[float]:
