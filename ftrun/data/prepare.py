@@ -21,6 +21,7 @@ from ftrun.data.tokens import Sequence, TokenTable
 from ftrun.errors import ConfigError, DataError
 from ftrun.runs.artifacts import disk_guard, is_whole, whole_folder
 from ftrun.runs.stagecache import Key, key_of
+from ftrun.runs.worklock import WorkLock
 
 if TYPE_CHECKING:
     from ftrun.runs.progress import Reporter
@@ -79,10 +80,13 @@ def prepare(
     key = cache_key(pool, tokenizer, data, max_length, vocab_size, labels)
     target = folder / key.digest
     if not is_whole(target):
-        renderer = Renderer(tokenizer, data.train_on, labels or ())
-        with whole_folder(target) as beside:
-            _Preflight(pool, renderer, data, max_length, vocab_size).run(beside, report)
-            key.write(beside)
+        say = report.note if report else lambda _: None
+        with WorkLock(folder / f".{key.digest}.lock", say):  # a machine's processes, or several runs, want the same
+            if not is_whole(target):
+                renderer = Renderer(tokenizer, data.train_on, labels or ())
+                with whole_folder(target) as beside:
+                    _Preflight(pool, renderer, data, max_length, vocab_size).run(beside, report)
+                    key.write(beside)
     stored = json.loads((target / "prepared.json").read_text())
     table = TokenTable.open(target)
     return Prepared(

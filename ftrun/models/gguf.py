@@ -14,6 +14,7 @@ from ftrun.errors import ConfigError, ResourceError
 from ftrun.models.filehashes import unchanged
 from ftrun.runs.artifacts import cache_dir, digest, whole_folder
 from ftrun.runs.lockfile import version
+from ftrun.runs.worklock import WorkLock
 
 CONVERSION = "2"  # raise it when the conversion changes
 CONVERTERS = ("transformers", "gguf")  # what reads the weights and the tokenizer
@@ -42,10 +43,7 @@ def convert_once(gguf: Path, folder: Path, finish: Callable[[Any, Any], None] | 
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError("reading a GGUF file needs the package gguf", str(gguf), "pip install gguf")
-    from filelock import FileLock
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):
+    with WorkLock(folder.with_name(folder.name + ".lock"), lambda text: print(f"ftrun: {text}", file=sys.stderr)):
         if unchanged(folder):  # another process converted it while this one waited
             return folder
         print(f"ftrun: converting {gguf.name} once, about half a minute ...", file=sys.stderr, flush=True)
