@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 # logger -> how its message starts
 SETTLED = {
@@ -24,6 +25,8 @@ class Settled(logging.Filter):
 
 def hush() -> None:
     """Put the filters in place, before the libraries are imported; a second call changes nothing."""
+    # torch's C++ side warns of names that the network does not have, and of every step whose parameters were all used
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name, start in SETTLED.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, Settled) for known in logger.filters):

@@ -107,7 +107,6 @@ def spawn(command: Sequence[str], launch: LaunchConfig, out: str | None = None) 
             f"launch.nodes={launch.nodes}",
             "Add launch.rendezvous=HOST:29500, HOST being one of them, and give all of them this command.",
         )
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of names that the network does not have
     from ftrun.training.agent import Agent
 
     with tempfile.TemporaryDirectory(prefix="ftrun-") as folder:
