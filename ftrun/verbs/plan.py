@@ -50,7 +50,9 @@ def plan(composed: Composed) -> dict[str, Any]:
 
 def _estimated(composed: Composed, scratch: Path) -> dict[str, Any]:
     settings = composed.settings
+    asked = replace(settings.launch)
     ctx = plain_context(settings, scratch)
+    settings.launch = asked  # the plan is made by one process, for as many as were asked for
     chain = Chain(ctx, composed, [], StopSignals())
     train_pool = chain.rows.training(evaluates=False)
     chain.check_budget(train_pool)
@@ -69,7 +71,9 @@ def _estimated(composed: Composed, scratch: Path) -> dict[str, Any]:
     _print(ctx.report, settings, total, trained.active, stages, speed)
     for note in composed.notes:
         ctx.report.note(note)
-    available = available_bytes(ctx.team.device)
+    # the processes of a machine without GPUs share its memory
+    sharers = settings.launch.processes if ctx.team.device.type == "cpu" else 1
+    available = available_bytes(ctx.team.device) / sharers
     need = max((stage.memory for stage in stages), default=0.0)
     if short := estimate.shortage(need, available):
         ctx.report.warn(short)
@@ -130,8 +134,13 @@ def _stages(
     )
     step_tokens = float(picked.mean()) * settings.train.batch_size
     passes = 6.0 if trained.active > 0.5 * total else 4.0  # a frozen weight needs no gradient of its own
-    memory = weight_bytes + estimate.widening_bytes(settings, trained, dtype)
-    memory += estimate.training_bytes(settings, picked, trained.active, width, layers, device)
+    activations = estimate.training_bytes(settings, picked, 0, width, layers, device)
+    held = weight_bytes + estimate.widening_bytes(settings, trained, dtype)
+    held += estimate.training_bytes(settings, picked, trained.active, width, layers, device) - activations
+    if settings.launch.strategy == "fsdp":
+        largest = weight_bytes * (tables / total + (1 - tables / total) / layers)  # whole while a layer is at work
+        held = held / processes_of(settings) + largest
+    memory = held + activations
     tokens = step_tokens * run.steps
     stages.append(
         Stage(
@@ -143,6 +152,11 @@ def _stages(
         )
     )
     return stages
+
+
+def processes_of(settings: Settings) -> int:
+    """Processes of the run, on all machines."""
+    return settings.launch.processes * settings.launch.nodes
 
 
 def planned_trainings(settings: Settings, pool: int, picked: int) -> list[PlannedTraining]:
@@ -197,7 +211,7 @@ def _print(report: Any, settings: Settings, total: int, trainable: int, stages: 
 
     report.table(
         f"{settings.recipe or 'plan'}: {total / 1e6:,.1f}M parameters, {trainable:,} train ({trainable / total:.2%})",
-        ["stage", "steps", "tokens", "memory (GiB)", "time, about"],
+        ["stage", "steps", "tokens", f"memory{' a process' * (processes_of(settings) > 1)} (GiB)", "time, about"],
         [
             [
                 stage.name,

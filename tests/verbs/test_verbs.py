@@ -335,3 +335,18 @@ def test_packing_that_nobody_asked_for_refuses_nothing(tiny_dir, rows_file, tmp_
     assert ftrun.run("train", "lora_sft", [*asked, f"out={tmp_path / 'a'}"])["steps"] == 1
     with pytest.raises(ConfigError, match="mixes the documents"):
         ftrun.run("train", "lora_sft", [*words, "stages=[train]", "train.packing=true", f"out={tmp_path / 'b'}"])
+
+
+def test_plan_of_slices(tiny_dir, rows_file, capsys):
+    """A process holds its share of weights, gradients and optimiser, and whole what is at work; its activations are its own."""
+    words = ["recipe=sft", f"model.path={tiny_dir}", f"data.path={rows_file}", "data.heldout=0", "train.batch_size=4"]
+    memory = {}
+    for name, more in {"copies": ["launch.strategy=ddp"], "slices": ["launch.strategy=fsdp"], "one": []}.items():
+        processes = [] if name == "one" else ["launch.processes=4"]
+        assert cli.entry(["plan", *words, *more, *processes, "--json"]) == 0
+        memory[name] = json.loads(capsys.readouterr().out)["stages"]["train"]["memory_bytes"]
+    parameters = 29_472
+    held = parameters * (4 + 4 + 8)  # weight, gradient, two moments
+    assert memory["copies"] == memory["one"]
+    saved = memory["copies"] - memory["slices"]
+    assert 0.75 * held - 4 * parameters < saved < 0.75 * held
